@@ -1,0 +1,186 @@
+"""What one continual run is asked to do: :class:`RunConfig`, checked before anything is read or allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STREAMS = ("class", "domain")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+AUGMENTATIONS = ("none", "flip", "crop")
+
+_NOT_OF_THE_RUN = frozenset(
+    {"out", "resume", "overwrite", "checkpoint_minutes", "checkpoint_steps", "tensorboard", "device", "threads"}
+)
+"""Fields that decide where and how often, never what: a checkpoint is not refused because of them."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One method on one stream with one seed.
+
+    Every number is range-checked here, before data are read or memory is allocated (``ValueError`` naming the field, the value
+    and the allowed range; ``TypeError`` for a wrong type). Names of methods, data, transforms and backbones are checked by the
+    parts that know them, with the nearest names offered.
+
+    Fields
+        method: name in ``cl_kernels.methods.names()``.
+        data: embedded name, ``.npz`` shard or image folder.
+        tasks: number of tasks of a class-incremental stream; for ``stream="domain"`` it must be None or ``len(domains)``.
+        backbone, weights: name or file of the pre-trained model, and the file of its weights.
+        epochs, batch_size: per task. ``quick=True`` cuts epochs to 1 and each class to at most 40 training and 20 test images.
+        lr: None takes the method's own default.
+        seed: class order, initialisation and data order.
+        class_seed: the class order alone (None: ``seed``), so that settings are tuned on other orders than those reported.
+        device: ``auto`` is CUDA where there is a working one.
+        out: directory for results.json, metrics.jsonl and checkpoints/; None writes nothing.
+        resume: continue from ``out/checkpoints``; starts from the beginning when there is none.
+        overwrite: without ``resume``, allow ``out`` to hold an earlier run (which is then replaced).
+        stream: ``class`` (new classes per task) or ``domain`` (the same classes in new domains, one shared head).
+        domains: transforms of ``continual.transforms.names()``. In a domain stream one per task; in a class stream they are
+            applied to the tasks in turn (one name: to every task), none by default.
+        options: further keyword arguments of ``methods.create(method, backbone, **options)``.
+        strict: stop at the first broken image instead of counting it; deterministic algorithms become an error, not a wish.
+        checkpoint_minutes, checkpoint_steps: a checkpoint after this long, and after this many steps, inside a task (one is
+            always saved at a task's end).
+        precision: ``auto`` is bf16 autocast on CUDA devices that have it, float32 everywhere else; ``float16`` uses a GradScaler.
+        augment: ``none``, ``flip`` (horizontal) or ``crop`` (pad by 1/8, crop at random), applied to training batches only.
+        eval_batch_size, statistics_batch: batch of the evaluation, and of the pass handed to ``end_task`` (the official
+            per-batch weighting of NSP2 depends on the latter: 100 there).
+        threads: torch CPU threads during the run; None leaves torch's setting.
+        tensorboard: also write event files to ``out/tensorboard`` when tensorboard is importable.
+
+    results.json (also the return value of :func:`cl_kernels.continual.run`), T = tasks; accuracies in [0, 1]; entries above the
+    diagonal, where the task has not been seen, are null::
+
+        version                  1
+        method, data, backbone, stream, seed, config{...}, fingerprint
+        tasks[T]                 {"name", "classes": [global class index], "class_names", "train", "test"}
+        accuracy_matrix[T][T]    R[i][j]: accuracy on task j after task i, argmax over every class seen (class stream)
+        average_accuracy         mean of the last row
+        forgetting               mean over old tasks of best before the last task minus last (the paper's; may be negative)
+        accuracy_after[T]        mean over seen tasks after each task;   forgetting_after[T] likewise
+        average_incremental_accuracy   mean of accuracy_after
+        repository               {"average_accuracy", "forgetting"}: sample-weighted, and the maximum including the last row
+        task_incremental         {"accuracy_matrix", "average_accuracy", "forgetting"} with the task's own classes as the only
+                                 candidates; null for a domain stream
+        feature_drift            {"relative"[T][T], "cosine"[T][T], "final_relative", "final_cosine"}: |f_i - f_j| / |f_j| and
+                                 1 - cos(f_i, f_j) of task j's test images after task i against the end of task j itself; final:
+                                 mean over old tasks after the last; null for methods whose features cannot move
+        subspace[T]              after each task {parameter: {"left"|"right": {"dim", "protected", "gain", "energy"}}}; {} where
+                                 the method keeps none. energy: share of the statistic's trace inside the protected directions
+        loss[T][epochs]          mean training loss
+        parameters               {"trainable": per task, "total"}
+        skipped_images           broken files left out
+        seconds                  {"data", "backbone", "train"[T], "end_task"[T], "evaluate"[T], "checkpoint", "total"}
+        environment              {"cl_kernels", "torch", "python", "platform", "device", "threads", "precision", ...}
+
+    Two runs of one config on one machine give the same file but for ``seconds``, killed and resumed or not.
+    """
+
+    method: str
+    data: str = "digits"
+    tasks: int | None = 5
+    backbone: str = "embedded"
+    weights: str | None = None
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float | None = None
+    seed: int = 0
+    class_seed: int | None = None
+    device: str = "auto"
+    out: str | Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    stream: str = "class"
+    domains: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    quick: bool = False
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int | None = None
+    precision: str = "auto"
+    augment: str = "none"
+    eval_batch_size: int = 250
+    statistics_batch: int = 100
+    threads: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("method", "data", "backbone", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise TypeError(f"{name} must be a non-empty string, got {value!r}")
+        _one_of("stream", self.stream, STREAMS)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("augment", self.augment, AUGMENTATIONS)
+        _integer("epochs", self.epochs, 1, 100_000)
+        _integer("batch_size", self.batch_size, 1, 65_536)
+        _integer("eval_batch_size", self.eval_batch_size, 1, 65_536)
+        _integer("statistics_batch", self.statistics_batch, 1, 65_536)
+        _integer("seed", self.seed, 0, 2**32 - 1)
+        for name, low, high in (
+            ("tasks", 1, 10_000),
+            ("class_seed", 0, 2**32 - 1),
+            ("checkpoint_steps", 1, 10**9),
+            ("threads", 1, 1024),
+        ):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), low, high)
+        if self.lr is not None:
+            _real("lr", self.lr, 0.0, 1e3)
+        _real("checkpoint_minutes", self.checkpoint_minutes, 0.0, 1e6)
+        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
+            raise TypeError(f"options must be a dict with string keys, got {self.options!r}")
+        if isinstance(self.domains, str):
+            raise TypeError(f"domains must be a sequence of names, got the string {self.domains!r}")
+        object.__setattr__(self, "domains", tuple(self.domains))
+        self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self.stream == "class":
+            if self.tasks is None:
+                raise ValueError("tasks must be given for stream='class'")
+            return
+        if not self.domains:
+            raise ValueError("domains must name at least one transform for stream='domain', got none")
+        if self.tasks is not None and self.tasks != len(self.domains):
+            raise ValueError(
+                f"tasks must be None or the number of domains ({len(self.domains)}) for stream='domain', got {self.tasks}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that decide the result, as JSON values (paths as given; nothing about where the run writes)."""
+        values = dataclasses.asdict(self)
+        kept: dict[str, Any] = {name: value for name, value in values.items() if name not in _NOT_OF_THE_RUN}
+        result: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+        return result
+
+    def fingerprint(self, *parts: str) -> str:
+        """blake2b over the fields that decide the result and ``parts`` (digests of the data and of the backbone)."""
+        text = json.dumps([self.as_json(), *parts], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+
+def _real(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be finite and between {low:g} and {high:g}, got {value}")
