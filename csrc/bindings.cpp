@@ -1,0 +1,60 @@
+// The one Python module, cl_kernels._C: every entry point of every room, and what was built.
+//
+// Entry points take addresses (Tensor.data_ptr()) as integers, sizes and strides as int64 in elements, dtype codes of
+// common/dtype.h, a thread count on the CPU and the current stream as an integer on CUDA. They release the GIL, return
+// nothing, free nothing, never synchronise, and report failure by throwing. All checking is done in Python, before.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "build_config.h"
+#include "common/abi.h"
+#include "common/simd.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const char* name_of(clk::Isa isa) {
+    return isa == clk::Isa::avx512 ? "avx512" : isa == clk::Isa::avx2 ? "avx2" : "base";
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["abi"] = clk::kAbi;
+    info["compiler"] = CLK_CXX;
+    info["flags"] = CLK_CXX_FLAGS;
+#ifdef _OPENMP
+    info["openmp"] = _OPENMP;
+#else
+    info["openmp"] = py::none();
+#endif
+#ifdef CLK_CUDA
+    info["cuda"] = true;
+    info["cuda_compiler"] = CLK_NVCC;
+    info["cuda_flags"] = CLK_NVCC_FLAGS;
+    info["cuda_archs"] = CLK_CUDA_ARCHS;
+#else
+    info["cuda"] = false;
+#endif
+    info["cpu_detected"] = name_of(clk::detected_isa());
+    info["cpu_used"] = name_of(clk::isa());
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native half of cl_kernels; reached through cl_kernels.ops only.";
+    m.def("abi_version", [] { return clk::kAbi; });
+    m.def("build_info", &build_info);
+    m.def(
+        "limit_isa",
+        [](int level) { clk::isa_limit().store(std::clamp(level, 0, static_cast<int>(clk::Isa::avx512))); },
+        "Use at most this instruction set from now on: 0 base, 1 AVX2, 2 AVX-512.", py::arg("level"));
+
+    // Rooms, in the order of architecture: one block each.
+}

@@ -1,0 +1,306 @@
+"""Compile csrc/ into one extension module: g++ for .cpp, nvcc for .cu, ninja for the schedule. No torch anywhere.
+
+``setup.py`` calls :func:`build`; tests call the pieces. Everything that can go wrong with a toolchain raises
+:class:`NativeBuildError` with one readable reason, so that the caller can fall back to less (CPU only, then pure Python).
+The environment steers it:
+
+``CL_KERNELS_NO_CUDA=1``       leave the CUDA half out
+``CL_KERNELS_REQUIRE_CUDA=1``  a missing CUDA half is an error instead of a note
+``CL_KERNELS_CUDA_ARCHS``      for example ``"80;90"`` (the default); cut to what nvcc knows, PTX of the newest is added
+``CL_KERNELS_WERROR=1``        warnings, spilled registers included, are errors (the project's own checks set it)
+``MAX_JOBS``                   most compilers at once; never more than the cores, nor than memory / 2 GB
+``CXX``, ``CUDA_HOME``         which compilers
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90"
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+CXX_WARNINGS = ["-Wall", "-Wextra"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xfatbin", "-compress-all", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_WARNINGS = ["-Xptxas", "-v,-warn-spills", "-Xcompiler", "-Wall,-Wextra"]
+
+
+class NativeBuildError(Exception):
+    """The native module, or its CUDA half, cannot be built here; the text says why."""
+
+
+@dataclass
+class Kernel:
+    """What ptxas said about one kernel on one architecture."""
+
+    name: str
+    arch: str
+    registers: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    shared: int = 0
+
+
+@dataclass
+class BuildInfo:
+    """Written to ``cl_kernels/_build_info.json``; ``cl-kernels doctor`` shows it."""
+
+    native: bool = False
+    native_reason: str | None = None
+    cuda: bool = False
+    cuda_reason: str | None = None
+    compiler: str | None = None
+    flags: str | None = None
+    cuda_compiler: str | None = None
+    cuda_flags: str | None = None
+    cuda_archs: list[str] = field(default_factory=list)
+    jobs: int = 0
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def flag(name: str) -> bool:
+    """Whether an environment switch is on."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def run(command: list[str], cwd: Path | None = None) -> str:
+    """Run a tool and return all it printed; raise with its last lines when it fails."""
+    try:
+        done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    except OSError as error:
+        raise NativeBuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        tail = "\n".join(done.stdout.strip().splitlines()[-30:])
+        raise NativeBuildError(f"{Path(command[0]).name} failed with exit code {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def jobs() -> int:
+    """min(cores, memory / 2 GB, MAX_JOBS), at least 1: nvcc takes about 1 GB, g++ half of that."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2_000_000_000
+    except (ValueError, OSError, AttributeError):
+        memory = cores
+    asked = os.environ.get("MAX_JOBS", "")
+    return max(1, min(cores, memory, int(asked) if asked.isdigit() else cores))
+
+
+def find_ninja() -> list[str]:
+    """The command that runs ninja."""
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if found := shutil.which("ninja"):
+        return [found]
+    raise NativeBuildError("ninja is not installed")
+
+
+def find_cxx() -> tuple[list[str], list[str]]:
+    """A working C++20 compiler as a command, and the flags for headers and OpenMP; proven by compiling a few lines."""
+    if os.name != "posix":
+        raise NativeBuildError(f"the native module is not built on {sys.platform}")
+    if importlib.util.find_spec("pybind11") is None:
+        raise NativeBuildError("pybind11 is not installed")
+    import pybind11
+
+    named = os.environ.get("CXX")
+    command = shlex.split(named) if named else [next(filter(shutil.which, ("g++", "clang++", "c++")), "g++")]
+    if shutil.which(command[0]) is None:
+        raise NativeBuildError(f"no C++ compiler: {command[0]} not found")
+    python = sysconfig.get_paths()["include"]
+    include = [f"-I{pybind11.get_include()}", f"-I{python}", f"-I{CSRC}"]
+    probe = "#include <Python.h>\n#include <pybind11/pybind11.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.0f));\n"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(probe)
+        run([*command, "-std=c++20", *include, "-fsyntax-only", str(source)])
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+        try:
+            run([*command, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))])
+            openmp = ["-fopenmp"]
+        except NativeBuildError:
+            openmp = []  # loops run on one thread
+    return command, [*openmp, *include]
+
+
+def find_nvcc() -> tuple[str, list[str]]:
+    """nvcc, and the -gencode numbers to compile for; never looks at a device."""
+    if flag("CL_KERNELS_NO_CUDA"):
+        raise NativeBuildError("switched off by CL_KERNELS_NO_CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [os.path.join(home, "bin")] if home else []
+    nvcc = next(filter(None, (shutil.which("nvcc", path=p) for p in [*places, None, "/usr/local/cuda/bin"])), None)
+    if nvcc is None:
+        raise NativeBuildError("nvcc not found")
+    known = re.findall(r"compute_(\d+[af]?)", run([nvcc, "--list-gpu-arch"]))
+    asked = re.findall(r"\d+[af]?", (os.environ.get("CL_KERNELS_CUDA_ARCHS") or DEFAULT_ARCHS).replace(".", ""))
+    archs = [arch for arch in asked if arch.rstrip("af") in known]
+    if not archs:
+        raise NativeBuildError(f"nvcc knows none of the architectures {asked}; it knows {known}")
+    return nvcc, sorted(set(archs), key=lambda arch: (int(arch.rstrip("af")), arch))
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """Machine code for each architecture, and PTX of the newest portable one for every later device."""
+    portable = [arch for arch in archs if arch.isdigit()]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if portable:
+        flags.append(f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}")
+    return flags
+
+
+def compiler_name(command: str) -> str:
+    """The line of ``--version`` that carries the number."""
+    lines = [line for line in run([command, "--version"]).splitlines() if line.strip()]
+    return next((line.strip() for line in lines if "release" in line), lines[0].strip() if lines else command)
+
+
+def sources(cuda: bool) -> list[Path]:
+    """Every source in csrc/, so that a room only adds its files."""
+    return sorted(CSRC.glob("*.cpp")) + (sorted(CSRC.glob("*.cu")) if cuda else [])
+
+
+def build(output: Path, work: Path) -> BuildInfo:
+    """Compile and link ``output``, with ``work`` kept between calls so that only what changed is compiled again.
+
+    Raises NativeBuildError when not even the CPU half can be built, or CUDA is required and cannot be.
+    """
+    info = BuildInfo(jobs=jobs())
+    cxx, extra = find_cxx()
+    ninja = find_ninja()
+    info.native, info.compiler = True, compiler_name(cxx[0])
+    try:
+        nvcc, archs = find_nvcc()
+        info.cuda_compiler = compiler_name(nvcc)
+        _compile(output, work / "cuda", info, ninja, cxx, extra, nvcc, archs)
+        return info
+    except NativeBuildError as error:
+        if flag("CL_KERNELS_REQUIRE_CUDA"):
+            raise NativeBuildError(f"CL_KERNELS_REQUIRE_CUDA is set, but the CUDA half cannot be built: {error}") from error
+        info.cuda, info.cuda_reason, info.cuda_archs = False, str(error), []
+    _compile(output, work / "cpu", info, ninja, cxx, extra, None, [])
+    return info
+
+
+def _compile(
+    output: Path,
+    work: Path,
+    info: BuildInfo,
+    ninja: list[str],
+    cxx: list[str],
+    extra: list[str],
+    nvcc: str | None,
+    archs: list[str],
+) -> None:
+    strict = flag("CL_KERNELS_WERROR")
+    cxx_flags = [*CXX_FLAGS, *CXX_WARNINGS, *(["-Werror"] if strict else [])]
+    nvcc_flags = [*NVCC_FLAGS, *NVCC_WARNINGS, *(["-Werror", "all-warnings"] if strict else []), *gencode(archs)]
+    if "CXX" in os.environ:
+        nvcc_flags += ["-ccbin", cxx[0]]
+    info.flags = shlex.join([*cxx_flags, *(flag for flag in extra if not flag.startswith("-I"))])
+    config = {"CLK_CXX": info.compiler, "CLK_CXX_FLAGS": info.flags}
+    if nvcc:
+        info.cuda, info.cuda_flags = True, shlex.join(nvcc_flags)
+        info.cuda_archs = sorted(re.findall(r"code=(\w+)", info.cuda_flags))
+        archs_text = " ".join(info.cuda_archs)
+        config |= {"CLK_NVCC": info.cuda_compiler, "CLK_NVCC_FLAGS": info.cuda_flags, "CLK_CUDA_ARCHS": archs_text}
+    work.mkdir(parents=True, exist_ok=True)
+    _write(work / "build_config.h", _header(config, cuda=nvcc is not None))
+    objects = [(source, work / f"{source.name}.o") for source in sources(nvcc is not None)]
+    _write(work / "build.ninja", _ninja(output, work, objects, cxx, [*cxx_flags, *extra], nvcc, [*nvcc_flags, f"-I{CSRC}"]))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run([*ninja, "-C", str(work), "-j", str(info.jobs)])
+    info.kernels = [kernel for source, target in objects if source.suffix == ".cu" for kernel in spills(target)]
+
+
+def _header(config: dict[str, str | None], *, cuda: bool) -> str:
+    lines = ["// Made by native_build.py.", "#pragma once"]
+    for name, value in config.items():
+        text = (value or "").replace("\\", "\\\\").replace('"', '\\"')
+        lines.append(f'#define {name} "{text}"')
+    return "\n".join([*lines, "#define CLK_CUDA 1" if cuda else "", ""])
+
+
+def _write(path: Path, text: str) -> None:
+    """Leave an unchanged file alone, so that ninja sees nothing new."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _ninja(
+    output: Path,
+    work: Path,
+    objects: list[tuple[Path, Path]],
+    cxx: list[str],
+    cxx_flags: list[str],
+    nvcc: str | None,
+    nvcc_flags: list[str],
+) -> str:
+    def path(value: Path) -> str:
+        return re.sub(r"([ :$])", r"$\1", str(value))
+
+    def command(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    openmp = ["-fopenmp"] if "-fopenmp" in cxx_flags else []
+    # nvcc links when there is CUDA code: it alone knows where its static run-time library lies.
+    host = [f"-Xcompiler={word}" for word in openmp]
+    link = [nvcc, "-shared", "-cudart", "static", *host] if nvcc else [*cxx, "-shared", *openmp]
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    includes = ["-I", str(work)]
+    text = f"""ninja_required_version = 1.8
+rule cxx
+  command = {command([*cxx, *cxx_flags, *includes])} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = g++ $in
+rule link
+  command = {command([*link, *undefined])} $in -o $out
+  description = link $out
+"""
+    if nvcc:
+        # ptxas's report is kept beside the object; it is shown only when the compiler fails.
+        text += f"""rule nvcc
+  command = {command([nvcc, *nvcc_flags])} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $in
+"""
+    for source, target in objects:
+        text += f"build {path(target)}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {path(source)}\n"
+    text += f"build {path(output)}: link {' '.join(path(target) for _, target in objects)}\n"
+    return text + f"default {path(output)}\n"
+
+
+def spills(target: Path) -> list[Kernel]:
+    """Read ptxas's report on one object file: registers, stack, spilled bytes and shared memory of each kernel."""
+    log = Path(f"{target}.log")
+    kernels: list[Kernel] = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        if found := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernels.append(Kernel(*found.groups()))
+        elif kernels:
+            for pattern, name in (
+                (r"(\d+) bytes stack frame", "stack"),
+                (r"(\d+) bytes spill stores", "spill_stores"),
+                (r"(\d+) bytes spill loads", "spill_loads"),
+                (r"Used (\d+) registers", "registers"),
+                (r"(\d+) bytes smem", "shared"),
+            ):
+                if number := re.search(pattern, line):
+                    setattr(kernels[-1], name, max(getattr(kernels[-1], name), int(number[1])))
+    return kernels
