@@ -29,7 +29,7 @@ def why_pure() -> str | None:
         native_build.find_ninja()
     except native_build.NativeBuildError as error:
         if native_build.flag("CL_KERNELS_REQUIRE_CUDA"):
-            raise SystemExit(f"CL_KERNELS_REQUIRE_CUDA is set, but there is no native module at all: {error}") from error
+            raise SystemExit(f"CL_KERNELS_REQUIRE_CUDA is set, but there is no native module: {error}") from error
         return str(error)
     return None
 
@@ -66,7 +66,7 @@ class BuildNative(build_ext):
         try:
             info = native_build.build(output, ROOT / "build" / f"native-{sys.implementation.cache_tag}")
         except native_build.NativeBuildError as error:
-            if native_build.flag("CL_KERNELS_REQUIRE_CUDA"):
+            if native_build.flag("CL_KERNELS_REQUIRE_CUDA") or native_build.flag("CL_KERNELS_WERROR"):
                 raise SystemExit(str(error)) from error
             info = native_build.BuildInfo(native_reason=str(error))
         record(output.parent, info)
@@ -84,7 +84,7 @@ class BuildNative(build_ext):
 
 PURE = why_pure()
 setup(
-    # The benchmarks lie outside the package in the tree and inside it once installed, so that `cl-kernels bench` finds them.
+    # The benchmarks lie beside the package in the tree and inside it once installed, where `cl-kernels bench` looks.
     packages=[*find_packages(include=["cl_kernels", "cl_kernels.*"]), "cl_kernels.benchmarks"],
     package_dir={"cl_kernels.benchmarks": "benchmarks"},
     ext_modules=[] if PURE else [Extension(MODULE, sources=[])],

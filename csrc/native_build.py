@@ -1,13 +1,13 @@
 """Compile csrc/ into one extension module: g++ for .cpp, nvcc for .cu, ninja for the schedule. No torch anywhere.
 
 ``setup.py`` calls :func:`build`; tests call the pieces. Everything that can go wrong with a toolchain raises
-:class:`NativeBuildError` with one readable reason, so that the caller can fall back to less (CPU only, then pure Python).
-The environment steers it:
+:class:`NativeBuildError` with one readable reason, so that the caller can fall back to less: the CPU half
+alone, then pure Python. The environment steers it:
 
 ``CL_KERNELS_NO_CUDA=1``       leave the CUDA half out
 ``CL_KERNELS_REQUIRE_CUDA=1``  a missing CUDA half is an error instead of a note
 ``CL_KERNELS_CUDA_ARCHS``      for example ``"80;90"`` (the default); cut to what nvcc knows, PTX of the newest is added
-``CL_KERNELS_WERROR=1``        warnings, spilled registers included, are errors (the project's own checks set it)
+``CL_KERNELS_WERROR=1``        warnings (spilled registers among them) are errors, and errors stop the build
 ``MAX_JOBS``                   most compilers at once; never more than the cores, nor than memory / 2 GB
 ``CXX``, ``CUDA_HOME``         which compilers
 """
@@ -15,6 +15,7 @@ The environment steers it:
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -77,15 +78,17 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
-def run(command: list[str], cwd: Path | None = None) -> str:
-    """Run a tool and return all it printed; raise with its last lines when it fails."""
+def run(command: list[str]) -> str:
+    """Run a tool and return all it printed; when it fails, show that and raise with the first error in it."""
     try:
-        done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     except OSError as error:
         raise NativeBuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
-        tail = "\n".join(done.stdout.strip().splitlines()[-30:])
-        raise NativeBuildError(f"{Path(command[0]).name} failed with exit code {done.returncode}:\n{tail}")
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        print(*lines[-60:], sep="\n", file=sys.stderr)
+        first = next((line for line in lines if re.search(r"\berror\b", line) and "-Werror" not in line), lines[-1])
+        raise NativeBuildError(f"{Path(command[0]).name} failed: {first.strip()}")
     return done.stdout
 
 
@@ -123,7 +126,7 @@ def find_cxx() -> tuple[list[str], list[str]]:
         raise NativeBuildError(f"no C++ compiler: {command[0]} not found")
     python = sysconfig.get_paths()["include"]
     include = [f"-I{pybind11.get_include()}", f"-I{python}", f"-I{CSRC}"]
-    probe = "#include <Python.h>\n#include <pybind11/pybind11.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.0f));\n"
+    probe = "#include <pybind11/pybind11.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.0f) > 0);\n"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(probe)
@@ -174,65 +177,72 @@ def sources(cuda: bool) -> list[Path]:
     return sorted(CSRC.glob("*.cpp")) + (sorted(CSRC.glob("*.cu")) if cuda else [])
 
 
+@dataclass
+class Toolchain:
+    """The programs of one build and their flags; ``nvcc`` is None for the CPU half alone."""
+
+    ninja: list[str]
+    cxx: list[str]
+    cxx_flags: list[str]
+    nvcc: str | None = None
+    nvcc_flags: list[str] = field(default_factory=list)
+
+
 def build(output: Path, work: Path) -> BuildInfo:
     """Compile and link ``output``, with ``work`` kept between calls so that only what changed is compiled again.
 
     Raises NativeBuildError when not even the CPU half can be built, or CUDA is required and cannot be.
     """
-    info = BuildInfo(jobs=jobs())
+    strict = flag("CL_KERNELS_WERROR")
     cxx, extra = find_cxx()
-    ninja = find_ninja()
-    info.native, info.compiler = True, compiler_name(cxx[0])
+    tools = Toolchain(find_ninja(), cxx, [*CXX_FLAGS, *CXX_WARNINGS, *(["-Werror"] if strict else []), *extra])
+    flags = shlex.join(word for word in tools.cxx_flags if not word.startswith("-I"))
+    info = BuildInfo(native=True, compiler=compiler_name(cxx[0]), flags=flags, jobs=jobs())
     try:
         nvcc, archs = find_nvcc()
+        warnings = [*NVCC_WARNINGS, *(["-Werror", "all-warnings"] if strict else [])]
+        host = ["-ccbin", cxx[0]] if "CXX" in os.environ else []
+        nvcc_flags = [*NVCC_FLAGS, *warnings, *host, *gencode(archs)]
         info.cuda_compiler = compiler_name(nvcc)
-        _compile(output, work / "cuda", info, ninja, cxx, extra, nvcc, archs)
-        return info
     except NativeBuildError as error:
-        if flag("CL_KERNELS_REQUIRE_CUDA"):
-            raise NativeBuildError(f"CL_KERNELS_REQUIRE_CUDA is set, but the CUDA half cannot be built: {error}") from error
-        info.cuda, info.cuda_reason, info.cuda_archs = False, str(error), []
-    _compile(output, work / "cpu", info, ninja, cxx, extra, None, [])
+        return _without_cuda(output, work, tools, info, error)
+    flags = shlex.join(nvcc_flags)
+    with_cuda = replace(info, cuda=True, cuda_flags=flags, cuda_archs=re.findall(r",code=(\w+)", flags))
+    try:
+        return _compile(output, work / "cuda", replace(tools, nvcc=nvcc, nvcc_flags=nvcc_flags), with_cuda)
+    except NativeBuildError as error:
+        if strict:
+            raise
+        return _without_cuda(output, work, tools, info, error)
+
+
+def _without_cuda(output: Path, work: Path, tools: Toolchain, info: BuildInfo, error: NativeBuildError) -> BuildInfo:
+    if flag("CL_KERNELS_REQUIRE_CUDA"):
+        raise NativeBuildError(f"CL_KERNELS_REQUIRE_CUDA is set, but there is no CUDA half: {error}") from error
+    return _compile(output, work / "cpu", tools, replace(info, cuda_reason=str(error)))
+
+
+def _compile(output: Path, work: Path, tools: Toolchain, info: BuildInfo) -> BuildInfo:
+    work.mkdir(parents=True, exist_ok=True)
+    _write(work / "build_config.h", _header(info))
+    objects = [(source, work / f"{source.name}.o") for source in sources(info.cuda)]
+    _write(work / "build.ninja", _ninja(output, work, objects, tools))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run([*tools.ninja, "-C", str(work), "-j", str(info.jobs)])
+    info.kernels = [kernel for source, target in objects if source.suffix == ".cu" for kernel in spills(target)]
     return info
 
 
-def _compile(
-    output: Path,
-    work: Path,
-    info: BuildInfo,
-    ninja: list[str],
-    cxx: list[str],
-    extra: list[str],
-    nvcc: str | None,
-    archs: list[str],
-) -> None:
-    strict = flag("CL_KERNELS_WERROR")
-    cxx_flags = [*CXX_FLAGS, *CXX_WARNINGS, *(["-Werror"] if strict else [])]
-    nvcc_flags = [*NVCC_FLAGS, *NVCC_WARNINGS, *(["-Werror", "all-warnings"] if strict else []), *gencode(archs)]
-    if "CXX" in os.environ:
-        nvcc_flags += ["-ccbin", cxx[0]]
-    info.flags = shlex.join([*cxx_flags, *(flag for flag in extra if not flag.startswith("-I"))])
-    config = {"CLK_CXX": info.compiler, "CLK_CXX_FLAGS": info.flags}
-    if nvcc:
-        info.cuda, info.cuda_flags = True, shlex.join(nvcc_flags)
-        info.cuda_archs = sorted(re.findall(r"code=(\w+)", info.cuda_flags))
-        archs_text = " ".join(info.cuda_archs)
-        config |= {"CLK_NVCC": info.cuda_compiler, "CLK_NVCC_FLAGS": info.cuda_flags, "CLK_CUDA_ARCHS": archs_text}
-    work.mkdir(parents=True, exist_ok=True)
-    _write(work / "build_config.h", _header(config, cuda=nvcc is not None))
-    objects = [(source, work / f"{source.name}.o") for source in sources(nvcc is not None)]
-    _write(work / "build.ninja", _ninja(output, work, objects, cxx, [*cxx_flags, *extra], nvcc, [*nvcc_flags, f"-I{CSRC}"]))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    run([*ninja, "-C", str(work), "-j", str(info.jobs)])
-    info.kernels = [kernel for source, target in objects if source.suffix == ".cu" for kernel in spills(target)]
-
-
-def _header(config: dict[str, str | None], *, cuda: bool) -> str:
-    lines = ["// Made by native_build.py.", "#pragma once"]
-    for name, value in config.items():
-        text = (value or "").replace("\\", "\\\\").replace('"', '\\"')
-        lines.append(f'#define {name} "{text}"')
-    return "\n".join([*lines, "#define CLK_CUDA 1" if cuda else "", ""])
+def _header(info: BuildInfo) -> str:
+    texts = {"CLK_CXX": info.compiler, "CLK_CXX_FLAGS": info.flags}
+    if info.cuda:
+        archs = " ".join(info.cuda_archs)
+        texts |= {"CLK_NVCC": info.cuda_compiler, "CLK_NVCC_FLAGS": info.cuda_flags, "CLK_CUDA_ARCHS": archs}
+    # A JSON string is a C string, as long as it is ASCII.
+    lines = [f"#define {name} {json.dumps(text)}" for name, text in texts.items()]
+    return "\n".join(
+        ["// Made by native_build.py.", "#pragma once", *lines, "#define CLK_CUDA 1" if info.cuda else "", ""]
+    )
 
 
 def _write(path: Path, text: str) -> None:
@@ -241,49 +251,37 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def _ninja(
-    output: Path,
-    work: Path,
-    objects: list[tuple[Path, Path]],
-    cxx: list[str],
-    cxx_flags: list[str],
-    nvcc: str | None,
-    nvcc_flags: list[str],
-) -> str:
+def _ninja(output: Path, work: Path, objects: list[tuple[Path, Path]], tools: Toolchain) -> str:
     def path(value: Path) -> str:
         return re.sub(r"([ :$])", r"$\1", str(value))
 
-    def command(words: list[str]) -> str:
+    def command(*words: str) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    openmp = ["-fopenmp"] if "-fopenmp" in cxx_flags else []
+    openmp = ["-fopenmp"] if "-fopenmp" in tools.cxx_flags else []
     # nvcc links when there is CUDA code: it alone knows where its static run-time library lies.
-    host = [f"-Xcompiler={word}" for word in openmp]
-    link = [nvcc, "-shared", "-cudart", "static", *host] if nvcc else [*cxx, "-shared", *openmp]
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    includes = ["-I", str(work)]
+    cuda_link = [tools.nvcc or "", "-shared", "-cudart", "static", *(f"-Xcompiler={word}" for word in openmp)]
+    link = cuda_link if tools.nvcc else [*tools.cxx, "-shared", *openmp]
+    # Linux: none of what is linked in, libcudart_static above all, may be seen from outside.
+    hide = ["-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else hide
+    nvcc = command(tools.nvcc or "", *tools.nvcc_flags, f"-I{CSRC}")
+    # ptxas's report is kept beside the object, where spills() reads it; it is shown when the compiler fails.
     text = f"""ninja_required_version = 1.8
 rule cxx
-  command = {command([*cxx, *cxx_flags, *includes])} -MMD -MF $out.d -c $in -o $out
+  command = {command(*tools.cxx, *tools.cxx_flags, f"-I{work}")} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = g++ $in
+rule nvcc
+  command = {nvcc} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)
+  depfile = $out.d
+  deps = gcc
 rule link
-  command = {command([*link, *undefined])} $in -o $out
-  description = link $out
-"""
-    if nvcc:
-        # ptxas's report is kept beside the object; it is shown only when the compiler fails.
-        text += f"""rule nvcc
-  command = {command([nvcc, *nvcc_flags])} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)
-  depfile = $out.d
-  deps = gcc
-  description = nvcc $in
+  command = {command(*link, *undefined)} $in -o $out
 """
     for source, target in objects:
         text += f"build {path(target)}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {path(source)}\n"
-    text += f"build {path(output)}: link {' '.join(path(target) for _, target in objects)}\n"
-    return text + f"default {path(output)}\n"
+    return text + f"build {path(output)}: link {' '.join(path(target) for _, target in objects)}\n"
 
 
 def spills(target: Path) -> list[Kernel]:

@@ -1,8 +1,8 @@
 """The native module: loaded once, on first use, never a reason for an import to fail.
 
-``load()`` gives the compiled module or None, ``why_missing()`` the reason in words. The module knows no torch: it takes
-addresses, sizes, strides, dtype codes and a stream. torch is imported before it on purpose, since both use OpenMP and the
-library that torch brings must be the one that both share.
+``load()`` gives the compiled module or None, ``why_missing()`` the reason in words. The module knows no torch: it
+takes addresses, sizes, strides, dtype codes and a stream. torch is imported before it on purpose: both use OpenMP, and
+the library that torch brings must be the one that both share.
 """
 
 from __future__ import annotations
