@@ -1,0 +1,143 @@
+"""Self-attention of timm's pre-norm ViT blocks over image tokens and prompt keys, in the pieces PromptedViT needs.
+
+Blocks and attention modules are typed `Any`: they belong to timm, which is imported only by those who use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["attend", "attend_with_mass", "check_block", "effective_key_weight", "finish", "head_dim", "project"]
+
+_BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+
+
+def check_block(index: int, block: Any) -> None:
+    """Raise `ValueError` unless `block` is x + attn(norm1(x)), x + mlp(norm2(x)) with plain self-attention."""
+    kind = type(block).__name__
+    missing = [name for name in _BLOCK if not hasattr(block, name)]
+    if missing:
+        raise ValueError(
+            f"timm_model: block {index} ({kind}) has no {', '.join(missing)}; prompts need timm's pre-norm Block"
+        )
+    attention = block.attn
+    unusual = type(attention).__name__
+    fused = getattr(attention, "qkv", None) is not None
+    separate = all(getattr(attention, name, None) is not None for name in ("q_proj", "k_proj", "v_proj"))
+    if not (fused or separate) or not hasattr(attention, "num_heads") or not hasattr(attention, "proj"):
+        raise ValueError(f"timm_model: block {index} has attention {unusual}; expected fused qkv or separate q, k, v")
+    foreign = {
+        "relative position bias": "rel_pos",
+        "differential attention": "lambda_init",
+        "separate q and v biases": "q_bias",
+    }
+    for what, name in foreign.items():
+        if getattr(attention, name, None) is not None:
+            raise ValueError(f"timm_model: block {index} ({unusual}) uses {what}, which PromptedViT does not support")
+    if getattr(attention, "num_kv_groups", 1) != 1:
+        raise ValueError(f"timm_model: block {index} ({unusual}) shares keys between heads, which is not supported")
+    if isinstance(block.norm1, nn.Identity) or not isinstance(getattr(block, "norm1", None), nn.Module):
+        raise ValueError(f"timm_model: block {index} has no norm before attention; prompts need a pre-norm block")
+
+
+def head_dim(attention: Any) -> int:
+    """Width of one head."""
+    return int(getattr(attention, "head_dim", 0)) or int(_key_projection(attention).shape[0]) // int(
+        attention.num_heads
+    )
+
+
+def _key_projection(attention: Any) -> Tensor:
+    """Rows of the key projection, [H*dh, D] in torch's [out, in] layout."""
+    if getattr(attention, "qkv", None) is not None:
+        weight: Tensor = attention.qkv.weight
+        return weight[weight.shape[0] // 3 : 2 * (weight.shape[0] // 3)]
+    separate: Tensor = attention.k_proj.weight
+    return separate
+
+
+def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, N, dh] of `tokens` [B, N, D], after bias and q/k norms, before the scale."""
+    batch, count, _ = tokens.shape
+    shape = (batch, count, -1, int(attention.num_heads), head_dim(attention))
+    if getattr(attention, "qkv", None) is not None:
+        q, k, v = attention.qkv(tokens).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        parts = (attention.q_proj(tokens), attention.k_proj(tokens), attention.v_proj(tokens))
+        q, k, v = (part.reshape(shape).squeeze(2).transpose(1, 2) for part in parts)
+    return _norm(attention, "q_norm", q), _norm(attention, "k_norm", k), v
+
+
+def _norm(attention: Any, name: str, x: Tensor) -> Tensor:
+    norm = getattr(attention, name, None)
+    return x if norm is None else norm(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, fused by torch."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, prompt_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention output and S_P = exp(scale q k_P^T - lse) [B, H, N, M], the softmax columns of the prompt keys.
+
+    The output keeps its gradient; S_P is detached. Where fused attention gives its log-sum-exp, no map is formed.
+    """
+    with torch.no_grad():
+        fused = _fused(q.detach(), k.detach(), v.detach(), scale)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = (q @ k.mT).to(wide).mul_(scale).logsumexp(-1) if fused is None else fused[1]
+        scores = torch.matmul(q.detach().to(wide), prompt_key.detach().to(wide).mT).mul_(scale)
+        mass = scores.sub_(lse.to(wide).unsqueeze(-1)).exp_()
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    out = attend(q, k, v, scale) if tracked or fused is None else fused[0]
+    return out, mass
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp [B, H, N] from torch's own kernels, looked up at run time; None where there is none."""
+    aten: Any = torch.ops.aten
+    try:
+        if q.device.type == "cpu":
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        elif q.device.type == "cuda":
+            out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+        else:
+            return None
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return None
+    return out, lse[..., : q.shape[-2]]  # CUDA pads the rows of the log-sum-exp to a multiple of 32
+
+
+def finish(attention: Any, mixed: Tensor, tokens: Tensor) -> Tensor:
+    """Merge heads [B, H, N, dh] -> [B, N, D] and apply what timm applies after the softmax."""
+    batch, _, count, _ = mixed.shape
+    out = mixed.transpose(1, 2).reshape(batch, count, -1)
+    out = _norm(attention, "norm", out)
+    gate = getattr(attention, "gate", None)
+    if gate is not None:
+        out = out * gate(tokens).sigmoid()
+    return attention.proj_drop(attention.proj(out))  # type: ignore[no-any-return]  # timm's modules are untyped
+
+
+def effective_key_weight(attention: Any) -> Tensor:
+    """W_k [H*dh, D] with the linear part of a key norm folded in.
+
+    That is diag(gain) C W_k,h for LayerNorm and diag(gain) W_k,h for an RMS norm. The scale by which a key norm divides
+    is left out, as NSP2 leaves out the prompts' own sigma. Raises `ValueError` for another kind of key norm.
+    """
+    weight = _key_projection(attention).detach()
+    norm = getattr(attention, "k_norm", None)
+    if norm is None or isinstance(norm, nn.Identity):
+        return weight.clone()
+    heads = weight.reshape(int(attention.num_heads), head_dim(attention), -1)
+    if isinstance(norm, nn.LayerNorm):
+        heads = heads - heads.mean(dim=1, keepdim=True)
+    elif "rms" not in type(norm).__name__.lower():
+        raise ValueError(f"timm_model: the key norm {type(norm).__name__} has no known linear part")
+    gain = getattr(norm, "weight", None)
+    return (heads if gain is None else heads * gain.detach().unsqueeze(-1)).reshape(weight.shape)
