@@ -1,4 +1,4 @@
-# The recipes are thin on purpose: what they decide is written, and printed, by scripts/*.py.
+# Recipes are thin on purpose: decisions are made, and printed, by scripts/*.py. Windows has no make: run the same lines.
 PYTHON ?= python3
 SEEDS ?= 3
 OUT ?= gpu-out
@@ -6,5 +6,27 @@ VENV := .venv/bin/python
 
 .PHONY: demo test bench gpu lint native clean
 
+demo:  ## set up .venv, then run the methods on embedded real images, print the table, write the report
+	$(PYTHON) scripts/setup_env.py demo
+	$(VENV) examples/demo.py --seeds $(SEEDS)
+
+test:  ## set up .venv with the test tools, then run the whole suite
+	$(PYTHON) scripts/setup_env.py test
+	$(VENV) -m pytest -q
+
+lint:  ## formatting, linting and types, with the versions of the dev extra
+	$(PYTHON) scripts/setup_env.py lint
+	$(VENV) scripts/lint.py
+
+bench:  ## every benchmark of this machine's devices
+	$(PYTHON) scripts/setup_env.py test
+	$(VENV) benchmarks/run_all.py --out bench-out
+
+gpu:  ## on a machine with a GPU, offline: build, GPU tests, sanitizer, benchmarks; JSON in OUT
+	$(PYTHON) benchmarks/run_gpu.py --out $(OUT)
+
 native:  ## rebuild the native module in place, incrementally; warnings are errors
 	CL_KERNELS_WERROR=1 $(if $(wildcard $(VENV)),$(VENV),$(PYTHON)) setup.py -q build_ext --inplace
+
+clean:  ## remove what was built, not the environment
+	rm -rf build dist *.egg-info cl_kernels/_C*.so cl_kernels/_build_info.json

@@ -1,7 +1,8 @@
-"""What every test file shares: skips with reasons, seeded randomness, poisoned memory, instruction sets, data folders."""
+"""What every test file shares: skips with reasons, seeds, poisoned memory, instruction sets, data folders."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -21,10 +22,8 @@ sys.path.insert(0, str(ROOT / "csrc"))  # native_build, for the markers below an
 import native_build  # noqa: E402 - found through the line above
 
 if importlib.util.find_spec("timm"):
-    try:
+    with contextlib.suppress(ImportError):  # tests that need timm will skip, through the same function
         import_timm()  # after this a test may say `import timm` beside a CPU torch as well
-    except ImportError:
-        pass  # tests that need timm skip, through the same function
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
@@ -107,7 +106,7 @@ class _PoisonedTorch:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the test every ``torch.empty*`` and ``new_empty`` of the package returns NaN: an unwritten element shows."""
+    """Every ``torch.empty*`` and ``new_empty`` of the package returns NaN, so that an unwritten element shows."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "cl_kernels" and getattr(module, "torch", None) is torch:
             monkeypatch.setattr(module, "torch", _PoisonedTorch())
