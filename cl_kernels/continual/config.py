@@ -24,61 +24,62 @@ _NOT_OF_THE_RUN = frozenset(
 class RunConfig:
     """One method on one stream with one seed.
 
-    Every number is range-checked here, before data are read or memory is allocated (``ValueError`` naming the field, the value
-    and the allowed range; ``TypeError`` for a wrong type). Names of methods, data, transforms and backbones are checked by the
-    parts that know them, with the nearest names offered.
+    Every number is range-checked here, before data are read or memory is allocated (``ValueError`` naming the field,
+    the value and the allowed range; ``TypeError`` for a wrong type). Names of methods, data, transforms and backbones
+    are checked by the parts that know them, with the nearest names offered.
 
     Fields
-        method: name in ``cl_kernels.methods.names()``.
-        data: embedded name, ``.npz`` shard or image folder.
-        tasks: number of tasks of a class-incremental stream; for ``stream="domain"`` it must be None or ``len(domains)``.
+        method: a name in ``cl_kernels.methods.names()``.
+        data: an embedded name, an ``.npz`` shard or an image folder.
+        tasks: of a class-incremental stream; for ``stream="domain"`` None or ``len(domains)``.
         backbone, weights: name or file of the pre-trained model, and the file of its weights.
-        epochs, batch_size: per task. ``quick=True`` cuts epochs to 1 and each class to at most 40 training and 20 test images.
+        epochs, batch_size: per task.
         lr: None takes the method's own default.
         seed: class order, initialisation and data order.
-        class_seed: the class order alone (None: ``seed``), so that settings are tuned on other orders than those reported.
+        class_seed: the class order alone (None: ``seed``): tune on other orders than those reported.
         device: ``auto`` is CUDA where there is a working one.
         out: directory for results.json, metrics.jsonl and checkpoints/; None writes nothing.
-        resume: continue from ``out/checkpoints``; starts from the beginning when there is none.
-        overwrite: without ``resume``, allow ``out`` to hold an earlier run (which is then replaced).
+        resume: continue from ``out/checkpoints``, from the beginning when there is none.
+        overwrite: without ``resume``, allow ``out`` to hold an earlier run, which is then replaced.
         stream: ``class`` (new classes per task) or ``domain`` (the same classes in new domains, one shared head).
-        domains: transforms of ``continual.transforms.names()``. In a domain stream one per task; in a class stream they are
+        domains: of ``continual.transforms.names()``, one per task of a domain stream; in a class stream they are
             applied to the tasks in turn (one name: to every task), none by default.
         options: further keyword arguments of ``methods.create(method, backbone, **options)``.
-        strict: stop at the first broken image instead of counting it; deterministic algorithms become an error, not a wish.
-        checkpoint_minutes, checkpoint_steps: a checkpoint after this long, and after this many steps, inside a task (one is
-            always saved at a task's end).
-        precision: ``auto`` is bf16 autocast on CUDA devices that have it, float32 everywhere else; ``float16`` uses a GradScaler.
-        augment: ``none``, ``flip`` (horizontal) or ``crop`` (pad by 1/8, crop at random), applied to training batches only.
-        eval_batch_size, statistics_batch: batch of the evaluation, and of the pass handed to ``end_task`` (the official
-            per-batch weighting of NSP2 depends on the latter: 100 there).
+        strict: stop at the first broken image instead of counting it.
+        quick: 1 epoch, and at most 40 training and 20 test images of a class.
+        checkpoint_minutes, checkpoint_steps: save this often inside a task; one is always saved at a task's end.
+        precision: ``auto`` is bf16 autocast on CUDA devices that have it, float32 everywhere else; ``float16`` uses a
+            GradScaler. On the CPU training is always float32.
+        augment: ``none``, ``flip`` (horizontal) or ``crop`` (pad by 1/8, crop at random); training batches only.
+        eval_batch_size, statistics_batch: batches of the evaluation, and of the pass handed to ``end_task`` (NSP2's
+            official per-batch weighting depends on the latter: 100 there).
         threads: torch CPU threads during the run; None leaves torch's setting.
         tensorboard: also write event files to ``out/tensorboard`` when tensorboard is importable.
 
-    results.json (also the return value of :func:`cl_kernels.continual.run`), T = tasks; accuracies in [0, 1]; entries above the
-    diagonal, where the task has not been seen, are null::
+    results.json (also the return value of :func:`cl_kernels.continual.run`); T is the number of tasks, accuracies are
+    in [0, 1], entries above the diagonal, where the task has not been seen, are null::
 
-        version                  1
+        version                 1
         method, data, backbone, stream, seed, config{...}, fingerprint
-        tasks[T]                 {"name", "classes": [global class index], "class_names", "train", "test"}
-        accuracy_matrix[T][T]    R[i][j]: accuracy on task j after task i, argmax over every class seen (class stream)
-        average_accuracy         mean of the last row
-        forgetting               mean over old tasks of best before the last task minus last (the paper's; may be negative)
-        accuracy_after[T]        mean over seen tasks after each task;   forgetting_after[T] likewise
-        average_incremental_accuracy   mean of accuracy_after
-        repository               {"average_accuracy", "forgetting"}: sample-weighted, and the maximum including the last row
-        task_incremental         {"accuracy_matrix", "average_accuracy", "forgetting"} with the task's own classes as the only
-                                 candidates; null for a domain stream
-        feature_drift            {"relative"[T][T], "cosine"[T][T], "final_relative", "final_cosine"}: |f_i - f_j| / |f_j| and
-                                 1 - cos(f_i, f_j) of task j's test images after task i against the end of task j itself; final:
-                                 mean over old tasks after the last; null for methods whose features cannot move
-        subspace[T]              after each task {parameter: {"left"|"right": {"dim", "protected", "gain", "energy"}}}; {} where
-                                 the method keeps none. energy: share of the statistic's trace inside the protected directions
-        loss[T][epochs]          mean training loss
-        parameters               {"trainable": per task, "total"}
-        skipped_images           broken files left out
-        seconds                  {"data", "backbone", "train"[T], "end_task"[T], "evaluate"[T], "checkpoint", "total"}
-        environment              {"cl_kernels", "torch", "python", "platform", "device", "threads", "precision", ...}
+        tasks[T]                {"name", "classes": [global class index], "class_names", "domain", "train", "test"}
+        accuracy_matrix[T][T]   R[i][j]: accuracy on task j after task i, argmax over every class seen
+        average_accuracy        mean of the last row
+        forgetting              mean over old tasks of (best before the last task) - last: the paper's, may be negative
+        accuracy_after[T]       mean over the tasks seen, after each task; forgetting_after[T] likewise
+        average_incremental_accuracy    mean of accuracy_after
+        repository              {"average_accuracy", "forgetting"}: sample-weighted; maximum including the last row
+        task_incremental        {"accuracy_matrix", "average_accuracy", "forgetting"} with the task's own classes as
+                                the only candidates; null for a domain stream
+        feature_drift           {"relative"[T][T], "cosine"[T][T], "final_relative", "final_cosine"}: |f_i - f_j| by
+                                |f_j| and 1 - cos(f_i, f_j), task j's test images after task i against the end of
+                                task j; final: mean over old tasks after the last (null for one task)
+        subspace[T]             after each task {parameter: {"left"|"right": {"dim", "protected", "gain", "energy"}}},
+                                {} where nothing is kept; energy: share of the statistic's trace that is protected
+        loss[T][epochs]         mean training loss
+        parameters              {"trainable"[T], "total"}
+        skipped_images          broken files left out
+        seconds                 {"data", "backbone", "train"[T], "end_task"[T], "evaluate"[T], "checkpoint", "total"}
+        environment             {"cl_kernels", "torch", "python", "platform", "device", "threads", "precision"}
 
     Two runs of one config on one machine give the same file but for ``seconds``, killed and resumed or not.
     """
@@ -150,8 +151,9 @@ class RunConfig:
         if not self.domains:
             raise ValueError("domains must name at least one transform for stream='domain', got none")
         if self.tasks is not None and self.tasks != len(self.domains):
+            count = len(self.domains)
             raise ValueError(
-                f"tasks must be None or the number of domains ({len(self.domains)}) for stream='domain', got {self.tasks}"
+                f"tasks must be None or the number of domains ({count}) for stream='domain', got {self.tasks}"
             )
 
     def as_json(self) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Checkpoints: a tree of tensors and plain values in one safetensors file, written atomically, read without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cl_kernels.errors import CheckpointError
+
+__all__ = ["FORMAT", "VERSION", "load", "probe", "save_atomically", "write_atomically"]
+
+FORMAT = "cl_kernels.run"
+VERSION = "1"
+
+Tree = Any  # dict with str or int keys | list | tuple | Tensor | str | int | float | bool | None
+
+
+def save_atomically(path: Path, tree: Tree, *, fingerprint: str) -> None:
+    """Write `tree` to `path`: a temporary file in the same directory, flushed to disk, then renamed over `path`.
+
+    Killed at any byte, `path` is either the old file or the new one. Raises `OSError` (disk full, read-only) with the
+    old file in place and the temporary one removed, and `TypeError` for a value that JSON cannot hold exactly."""
+    tensors: dict[str, Tensor] = {}
+    layout = json.dumps(_pack(tree, tensors), allow_nan=True)
+    metadata = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "tree": layout}
+    write_atomically(path, save(tensors, metadata))
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Replace the file `path` by `payload` in one step; see `save_atomically`."""
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed save left is overwritten by the next
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def load(path: Path, *, fingerprint: str, device: torch.device) -> Tree:
+    """The tree saved at `path`, tensors on `device`.
+
+    Raises `CheckpointError` naming the path for a damaged or foreign file, another version, or another run's
+    fingerprint."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            _check(path, metadata, fingerprint)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+        return _unpack(json.loads(metadata["tree"]), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint of this package ({type(error).__name__}: {error}); "
+            "remove it, or start over with overwrite=True"
+        ) from error
+
+
+def probe(directory: Path) -> None:
+    """Make `directory` and write, read and remove a 64 KiB file in it. Raises `OSError` if any of it fails."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / f".probe-{os.getpid()}"
+        try:
+            write_atomically(file, bytes(65536))
+        finally:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"out: cannot write to it ({error.strerror})", str(directory)) from error
+
+
+def _check(path: Path, metadata: dict[str, str], fingerprint: str) -> None:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected a file of format {FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(f"{path}: expected checkpoint version {VERSION}, got {metadata.get('version')!r}")
+    if metadata.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{path}: belongs to another run (fingerprint {metadata.get('fingerprint')}, this run has {fingerprint}): "
+            "method, data, backbone, seed or options differ"
+        )
+
+
+def _pack(value: Tree, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `value`; tensors go to `tensors` under a number. Every node but numbers and strings is a one-key
+    object."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # ties and views become copies
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[_key(key), _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack(item, tensors) for item in value]}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"checkpoint: cannot hold a value of type {type(value).__name__}")
+
+
+def _key(key: object) -> str | int:
+    if isinstance(key, (str, int)):
+        return key
+    raise TypeError(f"checkpoint: dict keys must be str or int, got {type(key).__name__}")
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor]) -> Tree:
+    if not isinstance(node, dict):
+        return node
+    ((kind, body),) = node.items()
+    if kind == "tensor":
+        return tensors[body]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in body}
+    items = [_unpack(item, tensors) for item in body]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename durable. Windows cannot open directories; there the rename itself has to do."""
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

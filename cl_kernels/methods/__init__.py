@@ -1,0 +1,21 @@
+"""Published continual learning methods, one per file, and the controls they are measured against."""
+
+from cl_kernels.methods._base import HeadMethod, Method, Options
+from cl_kernels.methods._catalog import create, names, options, published
+from cl_kernels.methods._schedule import multipliers
+from cl_kernels.methods._task import Batch, Batches, Task, TaskRecord
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "HeadMethod",
+    "Method",
+    "Options",
+    "Task",
+    "TaskRecord",
+    "create",
+    "multipliers",
+    "names",
+    "options",
+    "published",
+]

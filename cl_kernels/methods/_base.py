@@ -1,0 +1,357 @@
+"""What all methods share: heads, the loss over a task's own classes, an optimizer per task, and a state to save."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cl_kernels.methods._heads import HEAD_INITS, HEADS, Heads, class_means
+from cl_kernels.methods._schedule import SCHEDULES, multipliers
+from cl_kernels.methods._task import Batch, Batches, Task, TaskRecord
+
+__all__ = ["HeadMethod", "Method", "Options", "require"]
+
+
+class Method(Protocol):
+    """One published method. It never owns the loop: a trainer calls, in this order and for each task::
+
+        method.begin_task(task)
+        for images, labels in ...:                    # `epochs` passes; `scheduler.step()` after each
+            method.optimizer.zero_grad()
+            method.loss((images, labels)).backward()
+            method.optimizer.step()
+        method.end_task(task, loader)                 # loader: the task's images in order, without augmentation
+        method.predict(images)                        # logits [B, classes seen]; columns in the order of `classes`
+
+    A method whose `optimizer` is None after `begin_task` does not train. `frozen` methods accept features [B, D] where
+    others need images. `scope` says what a task trains on: "task" (its own images) or "seen" (also all earlier ones).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def frozen(self) -> bool: ...
+    @property
+    def optimizer(self) -> Optimizer | None: ...
+    @property
+    def scheduler(self) -> LambdaLR | None: ...
+    @property
+    def classes(self) -> list[int]: ...
+
+    def begin_task(self, task: Task) -> None: ...
+    def loss(self, batch: Batch) -> Tensor: ...
+    def end_task(self, task: Task, loader: Batches) -> None: ...
+    def features(self, images: Tensor) -> Tensor: ...
+    def logits(self, features: Tensor) -> Tensor: ...
+    def predict(self, images: Tensor) -> Tensor: ...
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]: ...
+    def subspace(self) -> dict[str, dict[str, dict[str, float]]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def require(name: str, ok: bool, wanted: str, value: object) -> None:
+    """Raise `ValueError` naming the option, what was wanted and what came."""
+    if not ok:
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every method with heads.
+
+    lr: None takes the method's default; head_lr: None takes `lr`. weight_decay: None takes the method's default. head,
+    head_scale: "cosine" logits `head_scale * cos`, or "linear". head_init: "class-means" (start as the nearest class
+    mean), "default" (torch's law for linear layers), "official" (NSP2's, method-null-space.md T6), "zeros".
+    temperature: logits are divided by it in the loss only. schedule: see `_schedule.multipliers`."""
+
+    lr: float | None = None
+    head_lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    head: str = "cosine"
+    head_scale: float = 16.0
+    head_init: str = "class-means"
+    temperature: float = 1.0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr", "weight_decay"):
+            value = getattr(self, name)
+            require(name, value is None or _number(value, 0.0, 1e3), "None or a number in [0, 1000]", value)
+        require("head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
+        require("head_init", self.head_init in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}", self.head_init)
+        require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}", self.schedule)
+        require("temperature", _number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
+        require("head_scale", _number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
+        require("eps", _number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)
+        ok = len(self.betas) == 2 and all(_number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
+        require("betas", ok, "two numbers in [0, 1)", self.betas)
+
+
+class HeadMethod:
+    """Base of the methods: a feature extractor with a body that may train, and heads over its features.
+
+    A subclass names its body's parameters and makes its optimizer. `backbone` is taken over, not copied: a method may
+    train its weights in place. Parameters are keyed by the names of `trainable_parameters()`.
+    """
+
+    name: ClassVar[str] = ""
+    options_type: ClassVar[type[Options]] = Options
+    default_lr: ClassVar[float] = 1e-2
+    default_weight_decay: ClassVar[float] = 5e-5
+    scope: str = "task"
+    frozen: bool = False
+
+    def __init__(self, backbone: nn.Module, options: Options) -> None:
+        self.options = options
+        self.model = self._wrap(backbone)
+        parameter = next(self.model.parameters())
+        self._like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        self.heads = Heads(_feature_dim(backbone), options.head, options.head_scale)
+        self.tasks: list[TaskRecord] = []
+        self.optimizer: Optimizer | None = None
+        self.scheduler: LambdaLR | None = None
+        self._current = -1  # number of the head that the current task trains
+
+    # What a subclass says ------------------------------------------------------------------------------------------
+
+    def _wrap(self, backbone: nn.Module) -> nn.Module:
+        """The module whose call gives features [B, D]."""
+        return FrozenFeatures(backbone)
+
+    def _body(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters besides the heads, by name."""
+        return []
+
+    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer of one task. `groups`: body, then heads, each with named parameters and its own lr."""
+        return torch.optim.Adam(groups, betas=self.options.betas, eps=self.options.eps, foreach=True)
+
+    def _regulariser(self) -> Tensor | None:
+        """A term added to the loss."""
+        return None
+
+    def _start(self, task: Task) -> None:
+        """Before the heads of `task` are initialised."""
+
+    def _finish(self, task: Task, loader: Batches) -> None:
+        """After `task` was trained; `loader` gives its images in order."""
+
+    def _state(self) -> dict[str, Any]:
+        """Further state to save."""
+        return {}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `_state` gave."""
+
+    def _body_scale(self) -> float:
+        """Factor on the body's learning rate in this task."""
+        return 1.0
+
+    # The protocol --------------------------------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> list[int]:
+        """The labels seen so far, in the order of `predict`'s columns."""
+        return self.heads.classes
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def begin_task(self, task: Task) -> None:
+        """Add the task's head, initialise it, and make a new optimizer: moments are reset at every task."""
+        record = TaskRecord.of(task)
+        if self.optimizer is not None:
+            raise RuntimeError(f"begin_task: task {self.tasks[-1].index} has not been ended")
+        self._current, new = self.heads.extend(record.classes, self._like)
+        self.tasks.append(record)
+        self._start(task)
+        self._init_head(task, new)
+        self._make_optimizer()
+
+    def end_task(self, task: Task, loader: Batches) -> None:
+        """Remember what later tasks need, and drop the optimizer."""
+        self.optimizer = self.scheduler = None
+        self._finish(task, loader)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the task's own classes (all seen ones where `scope` is "seen"), logits / temperature,
+        in float32 at least, plus the method's own term."""
+        images, labels = batch
+        logits, target = self._training_logits(self.features(images), labels)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide / self.options.temperature, target)
+        extra = self._regulariser()
+        return loss if extra is None else loss + extra
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, D] of normalised images [B, C, H, W]; a frozen method passes features through."""
+        if self.frozen and images.ndim == 2:
+            return images
+        features: Tensor = self.model(images)
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [B, classes seen] of features, columns in the order of `classes`."""
+        logits: Tensor = self.heads(features)
+        return logits
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [B, classes seen] of normalised images, without gradient."""
+        return self.logits(self.features(images))
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What the current task trains: the body and its head (all heads where `scope` is "seen")."""
+        return [*self._body(), *self._head_parameters()]
+
+    def subspace(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What is protected from the next task's updates, for results.json; empty where nothing is."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a new method of the same name, options and backbone needs to go on exactly from here."""
+        return {
+            "tasks": [record.as_dict() for record in self.tasks],
+            "parameters": {name: parameter.detach() for name, parameter in self._saved_parameters()},
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "own": self._state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises `ValueError` when parameters are missing, unknown or of another shape."""
+        self.heads = Heads(self.heads.dim, self.options.head, self.options.head_scale)
+        self.tasks = [TaskRecord.from_dict(values) for values in state["tasks"]]
+        for record in self.tasks:
+            self._current, _ = self.heads.extend(record.classes, self._like)
+        mine, saved = dict(self._saved_parameters()), state["parameters"]
+        wrong = [name for name in mine.keys() | saved.keys() if not _same_shape(mine.get(name), saved.get(name))]
+        if wrong:
+            raise ValueError(f"state: parameters missing, unknown or of another shape: {', '.join(sorted(wrong)[:5])}")
+        for name, parameter in mine.items():
+            parameter.copy_(saved[name])
+        self._load_state(state["own"])
+        self.optimizer = self.scheduler = None
+        if state["optimizer"] is not None:
+            self._make_optimizer()
+            if self.optimizer is not None and self.scheduler is not None:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scheduler.load_state_dict(state["scheduler"])
+
+    # Inside --------------------------------------------------------------------------------------------------------
+
+    def _training_logits(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.scope == "seen":
+            return self.heads(features), self.heads.columns(labels)
+        head = self.heads.head(self._current)
+        return head(features), self.heads.columns(labels) - self.heads.offset(self._current)
+
+    def _head_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        trained = range(len(self.heads.parts)) if self.scope == "seen" else [self._current] * (self._current >= 0)
+        return [
+            (f"heads.{index}.{name}", parameter)
+            for index in trained
+            for name, parameter in self.heads.head(index).named_parameters()
+        ]
+
+    def _saved_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._body()
+        for index in range(len(self.heads.parts)):
+            for name, parameter in self.heads.head(index).named_parameters():
+                yield f"heads.{index}.{name}", parameter
+
+    def _init_head(self, task: Task, new: bool) -> None:
+        if new:
+            self._init_heads([self._current], task.batches, task.index)
+
+    @torch.no_grad()
+    def _init_heads(self, which: Iterable[int], batches: Callable[[], Batches], task: int) -> None:
+        for index in which:
+            head = self.heads.head(index)
+            if self.options.head_init == "default":
+                head.init_default()
+            elif self.options.head_init == "official":
+                head.init_official(task, self.heads.head(0))
+            elif self.options.head_init == "class-means":
+                pairs = ((self.features(images), labels) for images, labels in batches())
+                head.init_class_means(class_means(pairs, self.heads, index, self.device))
+
+    def _learning_rate(self) -> float:
+        return self.default_lr if self.options.lr is None else self.options.lr
+
+    def _weight_decay(self) -> float:
+        return self.default_weight_decay if self.options.weight_decay is None else self.options.weight_decay
+
+    def _make_optimizer(self) -> None:
+        lr, decay = self._learning_rate(), self._weight_decay()
+        head_lr = lr if self.options.head_lr is None else self.options.head_lr
+        body, heads = self._body(), self._head_parameters()
+        for _, parameter in self._saved_parameters():
+            parameter.requires_grad_(False)
+        for _, parameter in [*body, *heads]:
+            parameter.requires_grad_(True)
+        groups: list[dict[str, Any]] = [{"params": heads, "lr": head_lr, "weight_decay": decay}]
+        if body:
+            groups.insert(0, {"params": body, "lr": lr * self._body_scale(), "weight_decay": decay})
+        self.optimizer = self._build_optimizer(groups)
+        factors = multipliers(self.options.schedule, self.tasks[-1].epochs)
+        self.scheduler = LambdaLR(self.optimizer, lambda epoch: factors[min(epoch, len(factors) - 1)])
+
+
+class FrozenFeatures(nn.Module):
+    """The pooled, normalised feature of a timm vision transformer, before its classifier; frozen and in eval mode."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        forward_features: Any = self.backbone.forward_features
+        forward_head: Any = self.backbone.forward_head
+        features: Tensor = forward_head(forward_features(images), pre_logits=True)
+        return features
+
+    def train(self, mode: bool = True) -> FrozenFeatures:
+        return super().train(False)
+
+
+def _feature_dim(backbone: nn.Module) -> int:
+    """The width of the feature that the classifier would see."""
+    width = getattr(backbone, "num_features", None)
+    if not isinstance(width, int):
+        raise TypeError(f"backbone: expected a timm model with `num_features`, got {type(backbone).__name__}")
+    return width
+
+
+def _number(value: object, low: float, high: float) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    )
+
+
+def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
+
+
+def option_defaults(options: type[Options]) -> dict[str, Any]:
+    """Name and default of every option."""
+    return {field.name: field.default for field in dataclasses.fields(options)}

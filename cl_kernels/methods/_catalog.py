@@ -1,0 +1,94 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from cl_kernels.methods._base import HeadMethod, Method, Options, option_defaults
+from cl_kernels.methods.class_mean import ClassMean
+from cl_kernels.methods.full import Full
+from cl_kernels.methods.joint import JointOptions, create_joint
+from cl_kernels.methods.linear import Linear
+from cl_kernels.methods.matched_lr import MatchedOptions, create_matched
+from cl_kernels.methods.nsp2 import NSP2
+from cl_kernels.methods.nsp2_exact import NSP2Exact
+from cl_kernels.methods.null_space import NullSpace
+from cl_kernels.methods.sequential import Sequential
+
+__all__ = ["create", "names", "options", "published"]
+
+Factory = Callable[[nn.Module, Any], HeadMethod]
+
+_METHODS: dict[str, tuple[Factory, type[Options]]] = {
+    "class-mean": (ClassMean, ClassMean.options_type),
+    "linear": (Linear, Linear.options_type),
+    "sequential": (Sequential, Sequential.options_type),
+    "matched-lr": (create_matched, MatchedOptions),
+    "nsp2": (NSP2, NSP2.options_type),
+    "nsp2-exact": (NSP2Exact, NSP2Exact.options_type),
+    "full": (Full, Full.options_type),
+    "null-space": (NullSpace, NullSpace.options_type),
+    "joint": (create_joint, JointOptions),
+}
+
+_NSP2_RECIPE = {
+    "head": "linear",
+    "head_init": "official",
+    "temperature": 28.0,
+    "lr": 0.01,
+    "weight_decay": 5e-5,
+    "schedule": "steps-official",
+}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "sequential": _NSP2_RECIPE,
+    "matched-lr": _NSP2_RECIPE,
+    "nsp2": _NSP2_RECIPE,
+    "nsp2-exact": _NSP2_RECIPE,
+    "null-space": {"rule": "times:10", "normalize": "fro", "lr": 5e-5, "head_lr": 1e-3, "head": "linear"},
+}
+
+
+def names() -> list[str]:
+    """Every method, controls first."""
+    return list(_METHODS)
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of method `name` with their defaults. Raises `ValueError` offering the nearest names."""
+    return option_defaults(_find(name)[1])
+
+
+def published(name: str) -> dict[str, Any]:
+    """The options that differ from the defaults in the published recipe (ViT-B/16, 10-split CIFAR-100); {} for none.
+
+    The defaults start cosine heads at the class means, which holds on weak backbones too; the recipe's linear heads do
+    not. Raises `ValueError` offering the nearest names."""
+    _find(name)
+    return dict(_PUBLISHED.get(name, {}))
+
+
+def create(name: str, backbone: nn.Module, **options: Any) -> Method:
+    """The method `name` on a timm vision transformer, which it takes over (and may train in place).
+
+    Raises `ValueError` for an unknown name or option, offering the nearest ones, and for a value out of range.
+    """
+    factory, kind = _find(name)
+    known = option_defaults(kind)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(f"options: {name} has no option {unknown[0]!r}; nearest: {_nearest(unknown[0], list(known))}")
+    return factory(backbone, kind(**options))
+
+
+def _find(name: str) -> tuple[Factory, type[Options]]:
+    if name not in _METHODS:
+        raise ValueError(f"method: unknown name {name!r}; nearest: {_nearest(name, names())}")
+    return _METHODS[name]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)

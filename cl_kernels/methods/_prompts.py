@@ -1,0 +1,68 @@
+"""Methods that train visual prompts on a frozen backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from cl_kernels.methods._base import HeadMethod, Options, require
+from cl_kernels.nn import PromptedViT
+from cl_kernels.optim import ProjectedAdam
+from cl_kernels.subspace import SubspaceStore
+
+__all__ = ["PromptMethod", "PromptOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(Options):
+    """prompts: number per prompted block. depth: "deep", "shallow", or the first N blocks. placement: of the
+    prompts."""
+
+    prompts: int = 4
+    depth: str | int = "deep"
+    placement: str = "append"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("prompts", _count(self.prompts, 1, 4096), "an int in [1, 4096]", self.prompts)
+        ok = self.depth in ("deep", "shallow") or _count(self.depth, 1, 4096)
+        require("depth", ok, "deep, shallow or a number of blocks", self.depth)
+        require("placement", self.placement in ("append", "prepend"), "append or prepend", self.placement)
+
+
+class PromptMethod(HeadMethod):
+    """Prompts of every block train through Adam with L2 decay; the step may be projected, the heads' never is."""
+
+    options_type: ClassVar[type[Options]] = PromptOptions
+    options: PromptOptions
+    model: PromptedViT
+
+    def _wrap(self, backbone: nn.Module) -> nn.Module:
+        depth = self.options.depth
+        return PromptedViT(
+            backbone,
+            prompts=self.options.prompts,
+            depth=range(depth) if isinstance(depth, int) else depth,
+            placement=self.options.placement,
+        )
+
+    def _body(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if name.startswith("prompts.")]
+
+    def _store(self) -> SubspaceStore | None:
+        """The subspaces that project this task's updates; None for plain Adam."""
+        return None
+
+    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        optimizer: Optimizer = ProjectedAdam(groups, betas=self.options.betas, eps=self.options.eps)
+        store = self._store()
+        if store is not None:
+            optimizer.set_subspace(store, strict=False)  # the heads have no projector, by design
+        return optimizer
+
+
+def _count(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

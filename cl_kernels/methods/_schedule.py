@@ -1,0 +1,26 @@
+"""Learning rate multipliers, one per epoch."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["SCHEDULES", "multipliers"]
+
+SCHEDULES = ("constant", "cosine", "steps", "steps-official")
+
+
+def multipliers(schedule: str, epochs: int) -> list[float]:
+    """The factor on the learning rate in each of `epochs` epochs.
+
+    "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
+    "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten epochs
+    split 4/3/3 (method-null-space.md T4). Raises `ValueError` for another name."""
+    if schedule == "constant":
+        return [1.0] * epochs
+    if schedule == "cosine":
+        return [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    early = 1 if schedule == "steps-official" else 0
+    milestones = (round(0.5 * epochs), round(0.8 * epochs))
+    return [0.1 ** sum(epoch + early >= milestone for milestone in milestones) for epoch in range(epochs)]

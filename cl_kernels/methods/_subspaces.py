@@ -1,0 +1,93 @@
+"""What the projecting methods share: rank rules by name, gains of projectors, and their report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from cl_kernels.methods._base import require
+from cl_kernels.ops import Projector, Sides, rules
+
+__all__ = ["parse_rule", "protected_energy", "rms_gain", "scaled_identity", "side_report"]
+
+
+def parse_rule(name: str, text: str) -> rules.Rule:
+    """The rank rule written as `text`: "knee", "knee-first", "paper-knee", or with a number "energy:0.95", "rank:20",
+    "ratio:0.01" (of the largest eigenvalue), "times:10" (of the smallest), "threshold:1e-3". Raises `ValueError`."""
+    kind, _, number = text.partition(":")
+    plain: dict[str, rules.Rule] = {
+        "knee": rules.Knee(),
+        "knee-first": rules.Knee(ties="first"),
+        "paper-knee": rules.PaperKnee(),
+    }
+    scaled: dict[str, Callable[[float], rules.Rule]] = {
+        "energy": rules.Energy,
+        "rank": lambda value: rules.Rank(int(value)),
+        "ratio": rules.RatioToLargest,
+        "times": rules.RatioToSmallest,
+        "threshold": rules.Threshold,
+    }
+    if kind in plain and not number:
+        return plain[kind]
+    try:
+        return scaled[kind](float(number))
+    except (KeyError, ValueError) as error:
+        wanted = "knee, knee-first, paper-knee, energy:E, rank:K, ratio:R, times:R or threshold:T"
+        raise ValueError(f"{name}: expected {wanted}, got {text!r} ({error})") from error
+
+
+def rms_gain(projector: Projector | None) -> float:
+    """`||P||_F / sqrt(d)`: the root mean square factor on a step without preferred direction; 1 for None.
+
+    Eigenvalues are `identity` on d - r directions and `identity - span` on r (method-null-space.md 5).
+    """
+    if projector is None:
+        return 1.0
+    if projector.dense is not None:
+        return float(projector.dense.double().norm()) / math.sqrt(projector.dim)
+    a, b, d, r = float(projector.identity), float(projector.span), projector.dim, projector.rank
+    return math.sqrt(((d - r) * a * a + r * (a - b) ** 2) / d)
+
+
+def scaled_identity(projector: Projector | None) -> Projector | None:
+    """`g I` with g the RMS gain of `projector`: the same mean step, without a direction."""
+    if projector is None:
+        return None
+    empty = projector.basis.new_zeros((projector.dim, 0))
+    return Projector(empty, rms_gain(projector), 0.0)
+
+
+def protected_energy(covariance: Tensor, projector: Projector) -> float:
+    """The share of `covariance`'s trace inside the protected directions; NaN-free: 0 for a zero matrix."""
+    total = float(covariance.diagonal().sum())
+    if total <= 0:
+        return 0.0
+    inside = projector.basis if float(projector.span) > 0 else None
+    basis = projector.basis.to(covariance)
+    held = float(((covariance @ basis) * basis).sum()) / total
+    return held if inside is not None else 1.0 - held
+
+
+def side_report(projector: Projector, covariance: Tensor) -> dict[str, float]:
+    """Dimension, protected directions, RMS gain and protected energy of one side, for results.json."""
+    protected = projector.rank if float(projector.span) > 0 else projector.dim - projector.rank
+    return {
+        "dim": projector.dim,
+        "protected": protected,
+        "gain": rms_gain(projector),
+        "energy": protected_energy(covariance, projector),
+    }
+
+
+def matched(sides: Sides) -> Sides:
+    """Both sides replaced by the multiple of the identity with the same RMS gain."""
+    return Sides(scaled_identity(sides.left), scaled_identity(sides.right))
+
+
+def check_rule(name: str, text: str | None) -> None:
+    """`parse_rule` for its error alone; None passes."""
+    if text is not None:
+        require(name, isinstance(text, str), "a string", text)
+        parse_rule(name, text)

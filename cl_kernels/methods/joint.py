@@ -1,0 +1,88 @@
+"""Joint training on all tasks seen so far: the upper line of the comparison."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cl_kernels.methods._base import HeadMethod, Options, require
+from cl_kernels.methods._prompts import PromptMethod, PromptOptions
+from cl_kernels.methods._task import Task
+from cl_kernels.methods._weights import WeightMethod, WeightOptions
+
+__all__ = ["JointOptions", "create_joint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointOptions(PromptOptions):
+    """base: "prompts" or "full" (all linear weights). restart: start every task from the pre-trained model, so that the
+    last row of the accuracy matrix is training on all data at once; otherwise go on from the previous task."""
+
+    base: str = "prompts"
+    targets: str = "blocks"
+    restart: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("base", self.base in ("prompts", "full"), "prompts or full", self.base)
+
+
+class _Joint(HeadMethod):
+    """All classes seen compete in the loss, and all heads train."""
+
+    name: ClassVar[str] = "joint"
+    scope = "seen"
+    restart = True
+
+    def __init__(self, backbone: nn.Module, options: Options) -> None:
+        super().__init__(backbone, options)
+        self._origin: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def _start(self, task: Task) -> None:
+        if not self.restart:
+            return
+        if not self._origin:
+            self._origin = {name: parameter.detach().clone() for name, parameter in self._body()}
+        for name, parameter in self._body():
+            parameter.copy_(self._origin[name])
+
+    def _init_head(self, task: Task, new: bool) -> None:
+        if self.restart:
+            self._init_heads(range(len(self.heads.parts)), task.batches, task.index)
+        else:
+            super()._init_head(task, new)
+
+    def _state(self) -> dict[str, Any]:
+        return {"origin": self._origin}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self._origin = {name: tensor.to(self.device) for name, tensor in state["origin"].items()}
+
+
+class JointPrompts(_Joint, PromptMethod):
+    """Joint training of prompts."""
+
+
+class JointFull(_Joint, WeightMethod):
+    """Joint training of all linear weights."""
+
+
+def create_joint(backbone: nn.Module, options: JointOptions) -> HeadMethod:
+    """The joint method of the base that `options` names."""
+    values = copy.copy(vars(options))
+    base, restart = values.pop("base"), values.pop("restart")
+    method: _Joint
+    if base == "full":
+        for name in ("prompts", "depth", "placement"):
+            values.pop(name)
+        method = JointFull(backbone, WeightOptions(**values))
+    else:
+        values.pop("targets")
+        method = JointPrompts(backbone, PromptOptions(**values))
+    method.restart = restart
+    return method

@@ -1,0 +1,114 @@
+"""NSP2 with exact LayerNorm handling: gain, centring and sigma folded into the statistics, and a tangent step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_kernels.methods._base import Options
+from cl_kernels.methods.nsp2 import NSP2, NSP2Options
+
+__all__ = ["NSP2Exact", "NSP2ExactOptions", "joint_tangent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSP2ExactOptions(NSP2Options):
+    """As `NSP2Options`, with no blending, no normalisation and no drift loss by default.
+
+    fold_gain: C1* = C_c diag(alpha) C1 diag(alpha) C_c. fold_sigma: C2* = diag(1/sigma) C2 diag(1/sigma) with the
+    prompts' sigma when the projector is built. tangent: remove the part of every step that changes sigma; it needs both
+    unblended projectors (eta = 1, normalize = "none").
+    """
+
+    eta: float = 1.0
+    normalize: str = "none"
+    weighting: str = "rows"
+    ln_weight: float = 0.0
+    fold_gain: bool = True
+    fold_sigma: bool = True
+    tangent: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        exact = self.eta == 1 and self.eta_left in (None, 1) and self.normalize == "none" and self.sides == "both"
+        if self.tangent and not exact:
+            raise ValueError("tangent: expected eta = 1, normalize = 'none' and sides = 'both' with tangent = True")
+
+
+class NSP2Exact(NSP2):
+    """The condition that keeps the attention output, not an approximation of it (method-null-space.md 7.2 b, c, d).
+
+    LN(p) = alpha * C_c p / sigma + beta, so what must vanish is J1 diag(alpha) C_c (p'/sigma' - p/sigma) and
+    J2 diag(1/sigma) dP. Folding makes both first order conditions exact at fixed sigma; the joint tangent removes the
+    sigma drift, so what remains is second order in the step.
+    """
+
+    name: ClassVar[str] = "nsp2-exact"
+    options_type: ClassVar[type[Options]] = NSP2ExactOptions
+    options: NSP2ExactOptions
+
+    def __init__(self, backbone: nn.Module, options: Options) -> None:
+        super().__init__(backbone, options)
+        self._before: list[Tensor] = []
+        self._dense: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def _folded(self, name: str) -> tuple[Tensor, Tensor]:
+        left, right = self.statistics[name]
+        block = int(name.rpartition(".")[2])
+        if self.options.fold_gain:
+            gain = self.model.norm1(block)[0].to(right)
+            right = gain[:, None] * right * gain
+            if self.model.norm1_centres(block):
+                right = right - right.mean(dim=0, keepdim=True)
+                right = right - right.mean(dim=1, keepdim=True)
+            right = 0.5 * (right + right.mT)
+        if self.options.fold_sigma:
+            inverse = self.model.layernorm_sigma(block).to(left).reciprocal()
+            left = inverse[:, None] * left * inverse
+        return left, right
+
+    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        optimizer = super()._build_optimizer(groups)
+        if self.store is not None and self.options.tangent:
+            pairs = [self.store.sides(name) for name, _ in self._body()]
+            left = torch.stack([side.left.matrix() for side in pairs if side.left is not None])
+            right = torch.stack([side.right.matrix() for side in pairs if side.right is not None])
+            self._dense = (left, right)
+            optimizer.register_step_pre_hook(self._remember)
+            optimizer.register_step_post_hook(self._make_tangent)
+        return optimizer
+
+    @torch.no_grad()
+    def _remember(self, *_: Any) -> None:
+        self._before = [prompt.clone() for _, prompt in self._body()]
+
+    @torch.no_grad()
+    def _make_tangent(self, *_: Any) -> None:
+        """Replace the step just taken by its tangent part."""
+        if self._dense is None:
+            return
+        prompts = [prompt for _, prompt in self._body()]
+        before = torch.cat(self._before)
+        step = joint_tangent(torch.cat([p.detach() for p in prompts]) - before, before, *self._dense)
+        for prompt, value in zip(prompts, before + step, strict=True):
+            prompt.copy_(value[None])
+
+
+def joint_tangent(step: Tensor, prompts: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`X - B2 diag(mu) N` with N = C B and mu from `(B2 o (C B C^T)) mu = (n_i . X_i)_i` (method-null-space.md 7.2 d).
+
+    step X [L, M, D], already projected; prompts [L, M, D] before it, C their centred rows; left B2 [L, M, M] and right
+    B [L, D, D] unnormalised projectors. The result keeps both projections and, to first order, every row's sigma. A
+    pseudo-inverse serves where prompts are parallel. Cost: two [M, D] x [D, D] products and one M x M solve per layer.
+    """
+    centred = prompts - prompts.mean(dim=-1, keepdim=True)
+    normal = centred @ right
+    system = left * (centred @ normal.mT)
+    wanted = (normal * step).sum(dim=-1, keepdim=True)
+    mu: Tensor = torch.linalg.pinv(system.double(), hermitian=True).to(step) @ wanted
+    return step - left @ (mu * normal)
