@@ -1,0 +1,41 @@
+"""The command line, `cl-kernels`. Typer is imported when a command runs: importing this package needs no extra."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from cl_kernels.cli import _errors
+
+__all__ = ["main", "run"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `cl-kernels` script: runs one command; exits 0 fine, 1 failed, 2 bad usage, 3 no backend."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; every error becomes one line on stderr.
+
+    `argv` is what follows the program's name, by default `sys.argv[1:]`. With CL_KERNELS_DEBUG=1 in the environment the
+    traceback is shown too.
+    """
+    if importlib.util.find_spec("typer") is None:
+        _errors.tell('the command line needs typer and rich: pip install "cl-kernels[cli]"')
+        return _errors.BAD_USAGE
+    from cl_kernels.cli import _app
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _errors.tell_warning
+        try:
+            return _app.invoke(list(sys.argv[1:] if argv is None else argv))
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("CL_KERNELS_DEBUG") == "1":
+                traceback.print_exc()
+            _errors.tell(_errors.sentence(error))
+            return _errors.code(error)

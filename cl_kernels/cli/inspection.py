@@ -1,0 +1,171 @@
+"""`cl-kernels inspect`: what a safetensors file holds. Reads numbers and text; executes nothing."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cl_kernels.cli import _console
+from cl_kernels.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import typer
+    from torch import Tensor
+
+_PICKLES = ((b"PK\x03\x04", "a zip archive, as torch.save writes it"), (b"\x80", "a pickle"))
+_SHOWN = 160  # characters of a metadata value, and tensors of a file, that are shown without --all
+_LISTED = 20
+
+
+def register(app: "typer.Typer") -> None:
+    """Add the command."""
+    from typer import Argument, Option, echo
+
+    @app.command(name="inspect")
+    def inspect(
+        file: Annotated[Path, Argument(metavar="FILE.safetensors")],
+        as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables")] = False,
+        everything: Annotated[bool, Option("--all", help="List every tensor, and metadata in full")] = False,
+    ) -> None:
+        """Show what a safetensors file holds: subspaces with ranks and errors, run checkpoints, backbone weights."""
+        facts = examine(file)
+        if as_json:
+            echo(json.dumps(facts, indent=1))
+        else:
+            show(facts, everything=everything)
+
+
+def examine(path: Path) -> dict[str, Any]:
+    """Kind, metadata and tensors of a file; for subspaces rank, energy and orthogonality error of every layer.
+
+    JSON values only. Raises CheckpointError for pickles (told by their first bytes), damaged files and subspace files
+    whose bases are not orthonormal; OSError for unreadable ones.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    refuse_pickles(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a handle, no mapping
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+    kind = metadata.get("format") or ("backbone" if "architecture" in metadata else "safetensors")
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "kind": kind,
+        "metadata": metadata,
+        "parameters": sum(value.numel() for value in tensors.values()),
+        "tensors": [_tensor(name, value) for name, value in tensors.items()],
+        **_by_kind(kind, path, metadata),
+    }
+
+
+def refuse_pickles(path: Path) -> None:
+    """Raise CheckpointError if the file is a pickle, which could run code when it is loaded."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like anything, then the header's brace
+        return
+    for magic, what in _PICKLES:
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: {what}, which can run code when loaded; only safetensors files are read")
+
+
+def _by_kind(kind: str, path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What is known of the package's own files besides their tensors."""
+    from cl_kernels.continual import checkpoint
+    from cl_kernels.subspace import SubspaceStore
+
+    if kind == "cl_kernels.subspace":
+        store = SubspaceStore.load(path)
+        free = store.capacity()
+        layers = [{**row, "free": free[row["layer"]]} for row in store.report()]
+        return {"layers": layers, "provenance": store.provenance}
+    if kind == checkpoint.FORMAT:
+        import torch
+
+        tree = checkpoint.load(path, fingerprint=metadata.get("fingerprint", ""), device=torch.device("cpu"))
+        return {"run": _scalars(tree), "layers": _reported(tree)}
+    return {}
+
+
+def _scalars(tree: Any) -> dict[str, Any]:
+    """Numbers and words of the two upper levels of a checkpoint: task, epoch, step and the like."""
+    found: dict[str, Any] = {}
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                plain = {f"{name}.{k}": v for k, v in value.items() if isinstance(v, str | int | float | bool)}
+                found.update(plain)
+            elif isinstance(value, str | int | float | bool):
+                found[str(name)] = value
+    return found
+
+
+def _reported(tree: Any) -> list[dict[str, Any]]:
+    """The subspace report a method keeps in its state: parameter -> side -> {dim, protected, energy}."""
+    if not isinstance(tree, dict):
+        return []
+    report = tree.get("report")
+    if isinstance(report, dict):
+        return [
+            {"layer": layer, "side": side, "dimension": entry.get("dim"), "rank": entry.get("protected"),
+             "energy": entry.get("energy"), "condition": None, "orthogonality_error": None, "free": None}
+            for layer, sides in report.items() for side, entry in sides.items()
+        ]  # fmt: skip
+    return next((rows for value in tree.values() if (rows := _reported(value))), [])
+
+
+def _tensor(name: str, value: "Tensor") -> dict[str, Any]:
+    import torch
+
+    norm = float(torch.linalg.vector_norm(value, dtype=torch.float64)) if value.is_floating_point() else None
+    finite = norm is None or bool(torch.isfinite(value).all())
+    return {
+        "name": name,
+        "shape": list(value.shape),
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "norm": norm if finite else None,
+        "finite": finite,
+    }
+
+
+def show(facts: dict[str, Any], *, everything: bool) -> None:
+    """The facts as tables."""
+    console = _console.console()
+    size = f"{facts['bytes']:,} bytes, {len(facts['tensors'])} tensors, {facts['parameters']:,} numbers"
+    console.print(f"{facts['file']}: {facts['kind']}, {size}", markup=False)
+    plain = _console.listing()
+    known = {k: v for k, v in facts["metadata"].items() if k not in ("ties", "provenance", "tree")}
+    for name, value in {**known, **facts.get("provenance", {}), **facts.get("run", {})}.items():
+        text = str(value)
+        long = len(text) > _SHOWN and not everything
+        plain.add_row(name, f"{text[:_SHOWN]}... ({len(text)} characters)" if long else text)
+    console.print(plain)
+    if facts.get("layers"):
+        console.print(_layer_table(facts["layers"]))
+    listed = facts["tensors"] if everything else facts["tensors"][:_LISTED]
+    table = _console.table("tensor", "shape", "dtype", "norm")
+    for tensor in listed:
+        norm = "NaN or infinity" if not tensor["finite"] else _number(tensor["norm"], ".4g")
+        table.add_row(tensor["name"], "x".join(map(str, tensor["shape"])) or "scalar", tensor["dtype"], norm)
+    console.print(table)
+    if len(listed) < len(facts["tensors"]):
+        console.print(f"... and {len(facts['tensors']) - len(listed)} more (--all lists them)")
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Any:
+    columns = ("layer", "side", "size", "protected", "energy", "condition", "orthogonality error", "free")
+    table = _console.table(*columns)
+    for row in layers:
+        table.add_row(
+            row["layer"], row["side"], str(row["dimension"]), "dense" if row["rank"] is None else str(row["rank"]),
+            _number(row["energy"], ".1%"), _number(row["condition"], ".1e"), _number(row["orthogonality_error"], ".1e"),
+            _number(row["free"], ".1%"),
+        )  # fmt: skip
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"

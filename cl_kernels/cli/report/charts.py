@@ -1,0 +1,149 @@
+"""Charts as inline SVG, drawn by matplotlib: no script, no file beside the page, text in its colour."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .summary import Matrix, Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by people with any of the common colour blindnesses, without black and yellow,
+# which vanish on a dark or a light page. Line styles and markers repeat the distinction without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)))
+
+# Drawn in this colour and replaced by currentColor afterwards, so that text and axes follow the light or dark page.
+_INK = "#010203"
+
+
+def available() -> bool:
+    """Whether matplotlib is installed; nothing is imported."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def curves(
+    series: Mapping[str, Sequence[Spread | None]],
+    *,
+    ylabel: str,
+    alt: str,
+    key: str,
+    percent: bool = True,
+    bottom: float | None = None,
+) -> str:
+    """Lines over tasks, one for each method, with a band of one standard deviation over seeds."""
+    figure, axes = _figure(6.8, 3.9)
+    for index, (label, spreads) in enumerate(series.items()):
+        points = [(i + 1, s) for i, s in enumerate(spreads) if s is not None]
+        scale = 100.0 if percent else 1.0
+        x = [i for i, _ in points]
+        y = [s.mean * scale for _, s in points]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(
+            x, y, color=colour, label=label, marker=MARKERS[index % len(MARKERS)], markersize=5, linewidth=1.8,
+            linestyle=DASHES[(index // len(COLOURS) + index % len(COLOURS)) % len(DASHES)],
+        )  # fmt: skip
+        if any(s.deviation for _, s in points):
+            half = [(s.deviation or 0.0) * scale for _, s in points]
+            low = [m - d for m, d in zip(y, half, strict=True)]
+            high = [m + d for m, d in zip(y, half, strict=True)]
+            axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    longest = max((len(s) for s in series.values()), default=1)
+    axes.set_xticks(range(1, longest + 1), [str(i) for i in range(1, longest + 1)])
+    axes.set_xlabel("after task")
+    axes.set_ylabel(ylabel)
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
+    axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.8)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, handlelength=3.2)
+    return _svg(figure, key, alt)
+
+
+def heat_map(
+    matrix: Matrix, *, alt: str, key: str, rows: Sequence[str], columns: Sequence[str], xlabel: str, ylabel: str,
+    labels: Sequence[Sequence[str]] | None = None, low: float = 0.0, high: float = 1.0,
+    cell: tuple[float, float] = (0.56, 0.36),
+) -> str:  # fmt: skip
+    """Cells coloured from `low` to `high` with their number written in; cells of None stay empty."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    values = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
+    height, width = values.shape
+    longest = max(len(r) for r in rows)
+    figure, axes = _figure(0.75 + 0.075 * longest + cell[0] * width, 0.7 + cell[1] * height)
+    shades, norm = colormaps["viridis"], Normalize(low, high)
+    size = 9.0 if width <= 12 else 6.5
+    for i in range(height):
+        for j in range(width):
+            if np.isnan(values[i, j]):
+                continue
+            red, green, blue, _ = shades(norm(values[i, j]))
+            # WCAG's relative luminance, near enough: black on light cells, white on dark ones
+            dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
+            axes.add_patch(Rectangle((j, i), 1, 1, color=(red, green, blue), linewidth=0))
+            text = labels[i][j] if labels is not None else f"{100 * values[i, j]:.0f}"
+            axes.text(
+                j + 0.5, i + 0.5, text, ha="center", va="center", color="#ffffff" if dark else "#000000", fontsize=size
+            )
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_xticks([j + 0.5 for j in range(width)], list(columns))
+    axes.set_yticks([i + 0.5 for i in range(height)], list(rows))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return _svg(figure, key, alt)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    # Figure without pyplot: no global state, no window system, safe in any thread.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    figure.patch.set_alpha(0.0)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    for side, spine in axes.spines.items():
+        spine.set_color(_INK)
+        spine.set_visible(side in ("left", "bottom"))
+    return figure, axes
+
+
+def _svg(figure: Figure, key: str, alt: str) -> str:
+    """The figure as an `<svg role="img">` whose ids start with `key`, so that many fit on one page."""
+    import html
+
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.family": "sans-serif", "font.size": 10}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", text)
+    text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{key}-\1"', text)
+    text = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", text)
+    text = text.replace(_INK, "currentColor")
+    # a <style> inside an inline SVG rules the whole page; the two properties it sets are inherited and go on the root
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: 'DejaVu Sans', Verdana, sans-serif", text)
+    title = f'<title id="{key}-title">{html.escape(alt)}</title>'
+    root = f'<svg role="img" aria-labelledby="{key}-title" style="stroke-linejoin: round; stroke-linecap: butt" '
+    return text.replace("<svg ", root, 1).replace(">", ">" + title, 1).strip()

@@ -1,0 +1,153 @@
+"""Ten seconds of self-test: every operation, every implementation that can run here, against the float64 reference."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cl_kernels import ops
+from cl_kernels.ops import _registry, rules
+
+Case = Callable[[torch.device, torch.dtype], Tensor]
+
+#: Relative Frobenius error allowed to float32 against float64: 4e-7 is usual, a wrong kernel is off by 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One implementation of one operation on one device."""
+
+    op: str
+    device: str
+    backend: str
+    error: float | None
+    seconds: float
+    failure: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None
+
+
+def run(devices: list[torch.device]) -> Iterator[Outcome]:
+    """Try every operation; one outcome at a time, so that the caller can show progress."""
+    for name in sorted(_registry.OPS):
+        case = CASES.get(name)
+        if case is None:
+            yield Outcome(name, "-", "-", None, 0.0, "no self-test is written for this operation")
+            continue
+        with _registry.use_backend("reference"):
+            wanted = case(torch.device("cpu"), torch.float64)
+        for device in devices:
+            for backend in _runnable(name, device):
+                yield _try(name, case, device, backend, wanted)
+
+
+def _runnable(name: str, device: torch.device) -> list[str]:
+    there = [i.backend for i in _registry.OPS[name].on(device.type) if i.missing() is None]
+    return [*there, "reference"]
+
+
+def _try(name: str, case: Case, device: torch.device, backend: str, wanted: Tensor) -> Outcome:
+    start = time.perf_counter()
+    error, failure = None, None
+    try:
+        with _registry.use_backend(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = case(device, torch.float32).to("cpu", torch.float64)
+        error = float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        if not error <= TOLERANCE:  # catches NaN too
+            failure = f"relative error {error:.1e} against the float64 reference, allowed {TOLERANCE:.0e}"
+    except Exception as problem:  # whatever it is, doctor has to report it and go on
+        failure = f"{type(problem).__name__}: {problem}"
+    return Outcome(name, str(device), backend, error, time.perf_counter() - start, failure)
+
+
+def _normal(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same numbers on every device and in every dtype: drawn in float32 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _projector(dim: int, rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> ops.Projector:
+    q, _ = torch.linalg.qr(_normal((dim, rank), seed, torch.device("cpu"), torch.float64))
+    return ops.Projector(q.to(device, dtype), 0.9, 0.7)
+
+
+def _covariance(device: torch.device, dtype: torch.dtype) -> Tensor:
+    cov = torch.zeros(37, 37, device=device, dtype=dtype)
+    ops.update_covariance_(cov, _normal((5, 61, 37), 1, device, dtype), alpha=0.5)
+    return cov
+
+
+def _covariances(device: torch.device, dtype: torch.dtype) -> Tensor:
+    covs = [torch.ones(d, d, device=device, dtype=dtype) for d in (24, 41)]
+    ops.update_covariances_(covs, [_normal((99, d), d, device, dtype) for d in (24, 41)], beta=0.5)
+    return torch.cat([c.flatten() for c in covs])
+
+
+def _head_grams(device: torch.device, dtype: torch.dtype) -> Tensor:
+    grams = torch.zeros(3, 16, 16, device=device, dtype=dtype)
+    ops.update_head_grams_(grams, _normal((2, 3, 29, 16), 2, device, dtype))
+    return grams
+
+
+def _expand(device: torch.device, dtype: torch.dtype) -> Tensor:
+    q = _normal((3, 40, 16), 3, device, dtype)
+    return ops.expand_head_grams(q.mT @ q, _normal((48, 33), 4, device, dtype))
+
+
+def _spd(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A covariance whose spectrum falls by 1.5 a step, so that eight protected directions are well separated."""
+    q, _ = torch.linalg.qr(_normal((32, 32), 5, torch.device("cpu"), torch.float64))
+    cov = (q * 1.5 ** -torch.arange(32.0, dtype=torch.float64)) @ q.mT
+    return ((cov + cov.mT) / 2).to(device, dtype)
+
+
+def _null_space(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return ops.null_space_projector(_spd(device, dtype), rules.Rank(8), mix=0.95, normalize="fro").matrix()
+
+
+def _eigh(device: torch.device, dtype: torch.dtype) -> Tensor:
+    values, vectors = ops.symmetric_eigh(_spd(device, dtype))
+    return (vectors * values[..., None, :]) @ vectors.mT  # signs of vectors are free, the product is not
+
+
+def _project(device: torch.device, dtype: torch.dtype) -> Tensor:
+    left, right = _projector(7, 3, 6, device, dtype), _projector(45, 11, 7, device, dtype)
+    return ops.project(_normal((2, 7, 45), 8, device, dtype), left, right)
+
+
+def _adam(device: torch.device, dtype: torch.dtype) -> Tensor:
+    shapes = ((19, 45), (4, 45), (45,))
+    params = [_normal(s, 10 + i, device, dtype) for i, s in enumerate(shapes)]
+    grads = [_normal(s, 20 + i, device, dtype) for i, s in enumerate(shapes)]
+    averages = [torch.zeros_like(p) for p in params]
+    squares = [torch.zeros_like(p) for p in params]
+    steps = [torch.zeros((), device=device) for _ in params]
+    left = [None, _projector(4, 1, 9, device, dtype), None]
+    right = [_projector(45, 11, 7, device, dtype), _projector(45, 30, 8, device, dtype), None]
+    for _ in range(2):
+        ops.projected_adam_step_(
+            params, grads, averages, squares, steps, left, right,
+            lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled_weight_decay=True,
+        )  # fmt: skip
+    return torch.cat([p.flatten() for p in params])
+
+
+CASES: dict[str, Case] = {
+    "update_covariance_": _covariance,
+    "update_covariances_": _covariances,
+    "update_head_grams_": _head_grams,
+    "expand_head_grams": _expand,
+    "null_space_projector": _null_space,
+    "symmetric_eigh": _eigh,
+    "project": _project,
+    "projected_adam_step_": _adam,
+}

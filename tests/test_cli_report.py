@@ -1,0 +1,215 @@
+"""report.html: whole, self-contained, valid, and with the numbers of the results it was made from."""
+
+from __future__ import annotations
+
+import html.parser
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_kernels.cli.report import charts, render, write_report
+from cl_kernels.cli.report.summary import MEASURES, Spread, accuracy_curve, forgetting_curve, sections
+from cl_kernels.errors import BackendUnavailableError, CheckpointError
+
+pytest.importorskip("jinja2", reason="the report is a jinja2 template")
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def result(method: str, seed: int, *, tasks: int = 3, subspace: bool = False, **extra: Any) -> dict[str, Any]:
+    """Results with made-up numbers in the format of a run; the summaries are computed from the matrix."""
+    draw = random.Random(f"{method}{seed}")
+    matrix = [[round(draw.random(), 4) if j <= i else None for j in range(tasks)] for i in range(tasks)]
+    last = [v for v in matrix[-1] if v is not None]
+    lost = [max(matrix[k][j] or 0.0 for k in range(j, tasks - 1)) - last[j] for j in range(tasks - 1)]
+    use = {"blocks.0.attn.qkv.weight": {"right": {"dim": 64, "protected": 17, "gain": 0.8, "energy": 0.951}}}
+    return {
+        "method": method,
+        "seed": seed,
+        "accuracy_matrix": matrix,
+        "average_accuracy": sum(last) / tasks,
+        "forgetting": sum(lost) / len(lost) if lost else 0.0,
+        "task_incremental": {"average_accuracy": 0.9, "forgetting": 0.01},
+        "feature_drift": {"final_relative": 0.123} if subspace else None,
+        "subspace": [use, use, {}] if subspace else [{}] * tasks,
+        "seconds": {"train": [1.0, 2.0, 3.0], "total": 7.25},
+        "config": {"method": method, "data": "digits", "backbone": "embedded", "options": {"eta": 0.97}},
+        "environment": {"torch": "2.x", "device": "cpu"},
+        **extra,
+    }  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """A strict reader: every tag is closed in order, ids are unique, references stay inside the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def many() -> list[dict[str, Any]]:
+    return [result(m, s, subspace=m == "null-space") for m in ("linear", "full", "null-space") for s in range(3)]
+
+
+def needs_matplotlib() -> None:
+    pytest.importorskip("matplotlib", reason="charts are drawn by matplotlib")
+
+
+@pytest.mark.parametrize("plot", [True, False])
+def test_page_is_valid_and_self_contained(plot: bool) -> None:
+    if plot:
+        needs_matplotlib()
+    text = render(many(), plot=plot)
+    page = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert page.all("html")[0]["lang"] == "en"
+    ids = [str(a["id"]) for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert not page.all("script")
+    assert not page.all("link")
+    assert not re.search(r"(?:https?:)?//[a-z]", text), "nothing may be fetched"
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or (value.startswith("#") and value[1:] in ids), (tag, value)
+    for reference in re.findall(r"url\(#([^)]+)\)", text):
+        assert reference in ids
+    assert len(page.all("svg")) == (2 + 3 + 1 if plot else 0)
+
+
+def test_charts_have_a_text_alternative_with_the_numbers() -> None:
+    needs_matplotlib()
+    results = many()
+    text = render(results, plot=True)
+    page = Page(text)
+    for svg in page.all("svg"):
+        assert svg["role"] == "img"
+        title = re.search(rf'<title id="{svg["aria-labelledby"]}">([^<]+)</title>', text)
+        assert title is not None
+        assert len(title.group(1)) > 40
+    group = sections(results)[0].groups[0]
+    last = group.mean_matrix()[-1]
+    assert f"after task 3: {', '.join(f'{100 * v:.0f}' for v in last if v is not None)}" in text
+
+
+def test_page_follows_light_and_dark() -> None:
+    needs_matplotlib()
+    text = render(many(), plot=True)
+    assert "prefers-color-scheme: dark" in text
+    assert "currentColor" in text
+    assert charts._INK not in text
+
+
+@pytest.mark.parametrize("plot", [True, False])
+def test_page_holds_the_numbers_of_the_results(plot: bool) -> None:
+    if plot:
+        needs_matplotlib()
+    results = many()
+    words = Page(render(results, plot=plot)).text
+    for group in sections(results)[0].groups:
+        for measure in MEASURES:
+            spread = group.spread(measure)
+            assert spread is None or measure.text(spread) in words
+        for row in group.mean_matrix():
+            for value in row:
+                assert value is None or f"{100 * value:.1f}" in words
+    for one in results:
+        assert f"{100 * one['average_accuracy']:.1f}" in words
+    assert "17/64 (95.1 %)" in words
+    assert "options.eta 0.97" in words
+    assert ("cl-kernels[plot]" in words) == (not plot)
+
+
+def test_one_run_one_task() -> None:
+    page = Page(render([result("linear", 0, tasks=1)]))
+    assert "linear on digits: 1 tasks" in page.text
+
+
+def test_hostile_names_stay_text() -> None:
+    bad = '<script>alert("1")</script>'
+    page = Page(render([result(bad, 0, label=bad, title=bad, environment={bad: bad})]))
+    assert not page.all("script")
+    assert page.text.count("alert") >= 3
+
+
+def test_streams_are_not_averaged_together() -> None:
+    plain, other = result("full", 0), result("full", 1, title="digits, inverted")
+    longer = result("full", 2, tasks=4)
+    found = sections([plain, other, longer])
+    assert [len(s.groups[0].results) for s in found] == [1, 1, 1]
+    labelled = sections([plain, result("full", 1, label="full, small step")])
+    assert [g.label for g in labelled[0].groups] == ["full", "full, small step"]
+
+
+def test_spread() -> None:
+    assert Spread.of([0.5, 0.7, 0.6]) == Spread(pytest.approx(0.6), pytest.approx(0.1), 3)
+    assert Spread.of([0.5, None, math.nan]) == Spread(0.5, None, 1)
+    assert Spread.of([]) is None
+    assert Spread(0.5, None, 1).text() == "50.0"
+    assert Spread(0.5, 0.012, 3).text() == "50.0 ± 1.2"
+
+
+def test_curves_by_hand() -> None:
+    matrix = [[0.9, None, None], [0.5, 0.8, None], [0.6, 0.4, 1.0]]
+    assert accuracy_curve(matrix) == pytest.approx([0.9, 0.65, 2 / 3])
+    assert forgetting_curve(matrix) == pytest.approx([0.0, 0.4, (0.3 + 0.4) / 2])
+
+
+def test_curves_end_in_the_summaries() -> None:
+    one = result("full", 5, tasks=6)
+    assert accuracy_curve(one["accuracy_matrix"])[-1] == pytest.approx(one["average_accuracy"])
+    assert forgetting_curve(one["accuracy_matrix"])[-1] == pytest.approx(one["forgetting"])
+
+
+def test_what_is_not_a_result_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one run"):
+        render([])
+    with pytest.raises(CheckpointError, match="accuracy_matrix, average_accuracy, forgetting missing"):
+        render([{"method": "full", "seed": 0}])
+    with pytest.raises(CheckpointError, match="non-empty list of lists"):
+        render([result("full", 0) | {"accuracy_matrix": []}])
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(charts, "available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match=r"cl-kernels\[plot\]"):
+        render(many(), plot=True)
+    path = write_report(many(), tmp_path / "new" / "report.html")
+    assert not Page(path.read_text()).all("svg")
+
+
+def test_writing_leaves_nothing_else(tmp_path: Path) -> None:
+    path = write_report(many()[:1], tmp_path / "report.html", plot=False)
+    write_report(many()[:1], path, plot=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
