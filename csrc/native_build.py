@@ -9,34 +9,38 @@ alone, then pure Python. The environment steers it:
 ``CL_KERNELS_CUDA_ARCHS``      for example ``"80;90"`` (the default); cut to what nvcc knows, PTX of the newest is added
 ``CL_KERNELS_WERROR=1``        warnings (spilled registers among them) are errors, and errors stop the build
 ``MAX_JOBS``                   most compilers at once; never more than the cores, nor than memory / 2 GB
-``CXX``, ``CUDA_HOME``         which compilers
+``CXX``, ``CUDA_HOME``         which compilers; ``CXXFLAGS`` is added to the former's flags
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "80;90"
+from native_toolchain import (
+    CSRC,
+    NativeBuildError,
+    compiler_name,
+    find_cxx,
+    find_ninja,
+    find_nvcc,
+    flag,
+    jobs,
+    run,
+)
+
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 CXX_WARNINGS = ["-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xfatbin", "-compress-all", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 NVCC_WARNINGS = ["-Xptxas", "-v,-warn-spills", "-Xcompiler", "-Wall,-Wextra"]
-
-
-class NativeBuildError(Exception):
-    """The native module, or its CUDA half, cannot be built here; the text says why."""
 
 
 @dataclass
@@ -73,90 +77,6 @@ class BuildInfo:
         return asdict(self)
 
 
-def flag(name: str) -> bool:
-    """Whether an environment switch is on."""
-    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
-
-
-def run(command: list[str]) -> str:
-    """Run a tool and return all it printed; when it fails, show that and raise with the first error in it."""
-    try:
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    except OSError as error:
-        raise NativeBuildError(f"{command[0]} cannot be run: {error}") from error
-    if done.returncode:
-        lines = done.stdout.strip().splitlines() or ["no output"]
-        print(*lines[-60:], sep="\n", file=sys.stderr)
-        first = next((line for line in lines if re.search(r"\berror\b", line) and "-Werror" not in line), lines[-1])
-        raise NativeBuildError(f"{Path(command[0]).name} failed: {first.strip()}")
-    return done.stdout
-
-
-def jobs() -> int:
-    """min(cores, memory / 2 GB, MAX_JOBS), at least 1: nvcc takes about 1 GB, g++ half of that."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2_000_000_000
-    except (ValueError, OSError, AttributeError):
-        memory = cores
-    asked = os.environ.get("MAX_JOBS", "")
-    return max(1, min(cores, memory, int(asked) if asked.isdigit() else cores))
-
-
-def find_ninja() -> list[str]:
-    """The command that runs ninja."""
-    if importlib.util.find_spec("ninja"):
-        return [sys.executable, "-m", "ninja"]
-    if found := shutil.which("ninja"):
-        return [found]
-    raise NativeBuildError("ninja is not installed")
-
-
-def find_cxx() -> tuple[list[str], list[str]]:
-    """A working C++20 compiler as a command, and the flags for headers and OpenMP; proven by compiling a few lines."""
-    if os.name != "posix":
-        raise NativeBuildError(f"the native module is not built on {sys.platform}")
-    if importlib.util.find_spec("pybind11") is None:
-        raise NativeBuildError("pybind11 is not installed")
-    import pybind11
-
-    named = os.environ.get("CXX")
-    command = shlex.split(named) if named else [next(filter(shutil.which, ("g++", "clang++", "c++")), "g++")]
-    if shutil.which(command[0]) is None:
-        raise NativeBuildError(f"no C++ compiler: {command[0]} not found")
-    python = sysconfig.get_paths()["include"]
-    include = [f"-I{pybind11.get_include()}", f"-I{python}", f"-I{CSRC}"]
-    probe = "#include <pybind11/pybind11.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.0f) > 0);\n"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(probe)
-        run([*command, "-std=c++20", *include, "-fsyntax-only", str(source)])
-        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
-        try:
-            run([*command, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))])
-            openmp = ["-fopenmp"]
-        except NativeBuildError:
-            openmp = []  # loops run on one thread
-    return command, [*openmp, *include]
-
-
-def find_nvcc() -> tuple[str, list[str]]:
-    """nvcc, and the -gencode numbers to compile for; never looks at a device."""
-    if flag("CL_KERNELS_NO_CUDA"):
-        raise NativeBuildError("switched off by CL_KERNELS_NO_CUDA")
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [os.path.join(home, "bin")] if home else []
-    nvcc = next(filter(None, (shutil.which("nvcc", path=p) for p in [*places, None, "/usr/local/cuda/bin"])), None)
-    if nvcc is None:
-        raise NativeBuildError("nvcc not found")
-    known = re.findall(r"compute_(\d+[af]?)", run([nvcc, "--list-gpu-arch"]))
-    asked = re.findall(r"\d+[af]?", (os.environ.get("CL_KERNELS_CUDA_ARCHS") or DEFAULT_ARCHS).replace(".", ""))
-    archs = [arch for arch in asked if arch.rstrip("af") in known]
-    if not archs:
-        raise NativeBuildError(f"nvcc knows none of the architectures {asked}; it knows {known}")
-    return nvcc, sorted(set(archs), key=lambda arch: (int(arch.rstrip("af")), arch))
-
-
 def gencode(archs: list[str]) -> list[str]:
     """Machine code for each architecture, and PTX of the newest portable one for every later device."""
     portable = [arch for arch in archs if arch.isdigit()]
@@ -164,12 +84,6 @@ def gencode(archs: list[str]) -> list[str]:
     if portable:
         flags.append(f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}")
     return flags
-
-
-def compiler_name(command: str) -> str:
-    """The line of ``--version`` that carries the number."""
-    lines = [line for line in run([command, "--version"]).splitlines() if line.strip()]
-    return next((line.strip() for line in lines if "release" in line), lines[0].strip() if lines else command)
 
 
 def sources(cuda: bool) -> list[Path]:
@@ -195,7 +109,8 @@ def build(output: Path, work: Path) -> BuildInfo:
     """
     strict = flag("CL_KERNELS_WERROR")
     cxx, extra = find_cxx()
-    tools = Toolchain(find_ninja(), cxx, [*CXX_FLAGS, *CXX_WARNINGS, *(["-Werror"] if strict else []), *extra])
+    added = shlex.split(os.environ.get("CXXFLAGS", ""))
+    tools = Toolchain(find_ninja(), cxx, [*CXX_FLAGS, *CXX_WARNINGS, *(["-Werror"] if strict else []), *added, *extra])
     flags = shlex.join(word for word in tools.cxx_flags if not word.startswith("-I"))
     info = BuildInfo(native=True, compiler=compiler_name(cxx[0]), flags=flags, jobs=jobs())
     try:
@@ -226,11 +141,26 @@ def _compile(output: Path, work: Path, tools: Toolchain, info: BuildInfo) -> Bui
     work.mkdir(parents=True, exist_ok=True)
     _write(work / "build_config.h", _header(info))
     objects = [(source, work / f"{source.name}.o") for source in sources(info.cuda)]
-    _write(work / "build.ninja", _ninja(output, work, objects, tools))
+    _write(work / "build.ninja", _ninja(work, objects, tools))
     output.parent.mkdir(parents=True, exist_ok=True)
-    run([*tools.ninja, "-C", str(work), "-j", str(info.jobs)])
+    with _locked(work / "lock"):
+        run([*tools.ninja, "-C", str(work), "-j", str(info.jobs)])
+        # Linked there, moved here in one step: a process that runs keeps the old file, and the CPU and CUDA work
+        # folders, which share one output, cannot take each other's for their own.
+        shutil.copy2(work / "module.so", f"{output}.new")
+        os.replace(f"{output}.new", output)
     info.kernels = [kernel for source, target in objects if source.suffix == ".cu" for kernel in spills(target)]
     return info
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one build at a time into a work folder; ninja itself does not look."""
+    import fcntl  # POSIX only, as the module is
+
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _header(info: BuildInfo) -> str:
@@ -251,7 +181,7 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def _ninja(output: Path, work: Path, objects: list[tuple[Path, Path]], tools: Toolchain) -> str:
+def _ninja(work: Path, objects: list[tuple[Path, Path]], tools: Toolchain) -> str:
     def path(value: Path) -> str:
         return re.sub(r"([ :$])", r"$\1", str(value))
 
@@ -281,7 +211,7 @@ rule link
 """
     for source, target in objects:
         text += f"build {path(target)}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {path(source)}\n"
-    return text + f"build {path(output)}: link {' '.join(path(target) for _, target in objects)}\n"
+    return text + f"build module.so: link {' '.join(path(target) for _, target in objects)}\n"
 
 
 def spills(target: Path) -> list[Kernel]:

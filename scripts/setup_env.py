@@ -126,10 +126,10 @@ def install_torch() -> str:
         say(f"torch {found} is there and stays")
     elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
         say("NVIDIA driver found: installing torch with CUDA (several GB)")
-        run(PYTHON, "-m", "pip", "install", "-q", "torch>=2.11")
+        run(PYTHON, "-m", "pip", "install", "-qq", "torch>=2.11")
     else:
         say("no NVIDIA driver: installing the torch of constraints-cpu.txt")
-        run(PYTHON, "-m", "pip", "install", "-q", "-c", "constraints-cpu.txt", "torch")
+        run(PYTHON, "-m", "pip", "install", "-qq", "-c", "constraints-cpu.txt", "torch")
     version = version_of("torch") or ""
     write_constraints(version)
     return version
@@ -164,23 +164,23 @@ def requirements(extras: list[str]) -> list[str]:
 
 def install_requirements(goal: str) -> None:
     """Install what is missing for the goal, held by the constraints."""
-    wanted = BUILD + requirements(EXTRAS[goal])
+    wanted = list(dict.fromkeys(BUILD + requirements(EXTRAS[goal])))
     lacking = missing(wanted)
     if not lacking:
         say(f"all {len(wanted)} requirements of '{goal}' are there")
         return
     say("installing " + ", ".join(re.split(r"[<>=;\[ ]", text)[0] for text in lacking))
-    run(PYTHON, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *lacking)
+    run(PYTHON, "-m", "pip", "install", "-qq", "-c", CONSTRAINTS, *lacking)
 
 
 def install_package() -> None:
     """Build and install the package itself, and nothing else."""
     if missing(BUILD):
         say("building cl_kernels with build isolation")
-        run(PYTHON, "-m", "pip", "install", "-q", "--no-deps", "-e", ".")
+        run(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", "-e", ".")
     else:
         say("building cl_kernels without build isolation: no network needed")
-        run(PYTHON, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
+        run(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "-e", ".")
     with open(os.path.join(ROOT, "cl_kernels", "_build_info.json")) as text:
         info = json.load(text)
     if not info["native"]:
