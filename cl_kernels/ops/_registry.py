@@ -209,6 +209,7 @@ def _no_native_cuda() -> str | None:
     return _native.why_missing() or (None if _native.cuda_built() else "the native module was built without CUDA")
 
 
+@functools.cache  # a search of the import path costs 50 us, more than a small launch
 def _no_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
