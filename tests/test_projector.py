@@ -67,7 +67,8 @@ def test_an_unknown_side_is_refused():
 def test_conversion_reaches_every_tensor_and_leaves_numbers_alone():
     converted = Projector(_basis(4, 2), torch.tensor(0.5, dtype=torch.float64), 0.25).to(torch.float32)
     assert converted.basis.dtype == torch.float32
-    assert isinstance(converted.identity, torch.Tensor) and converted.identity.dtype == torch.float32
+    assert isinstance(converted.identity, torch.Tensor)
+    assert converted.identity.dtype == torch.float32
     assert converted.span == 0.25
 
 

@@ -29,7 +29,7 @@ BACKENDS: Final = ("auto", "native", "triton", "reference")
 _LIBRARY: Final = torch.library.Library("cl_kernels", "DEF")  # lives as long as the process
 
 
-class Unsupported(Exception):  # noqa: N818 - not an error: the next implementation takes over
+class Unsupported(Exception):
     """Raised by an implementation, before its first write, to decline these arguments; the next one is tried."""
 
 
@@ -66,7 +66,7 @@ def backend() -> str:
     return _checked(os.environ.get("CL_KERNELS_BACKEND", "auto")) if _backend is None else _backend
 
 
-class use_backend:  # noqa: N801 - reads as a function; as a context manager it restores the previous choice
+class use_backend:
     """Choose the implementations of all operations: "auto", "native", "triton" or "reference".
 
     Takes effect at once, process-wide; used in a `with` statement it is undone at the end. An explicit "native" or
