@@ -3,5 +3,15 @@
 from cl_kernels.ops import rules
 from cl_kernels.ops._projector import Projector, Sides
 from cl_kernels.ops._registry import backend, explain, use_backend
+from cl_kernels.ops.projection import project, projected_adam_step_
 
-__all__ = ["Projector", "Sides", "backend", "explain", "rules", "use_backend"]
+__all__ = [
+    "Projector",
+    "Sides",
+    "backend",
+    "explain",
+    "project",
+    "projected_adam_step_",
+    "rules",
+    "use_backend",
+]

@@ -1,0 +1,215 @@
+"""What all projected optimizers share: names, the subspace, the check of the promise, and saving."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_kernels.errors import SubspaceMismatchError
+from cl_kernels.optim import _names, _subspace
+from cl_kernels.optim._subspace import Prepared, Store
+
+__all__ = ["ProjectedOptimizer"]
+
+
+class ProjectedOptimizer(Optimizer):
+    """An optimizer whose updates are projected by a store keyed by parameter name.
+
+    Subclasses implement `step`, beginning with `self._refresh()` and asking `self._prepared(p)` for each parameter.
+    """
+
+    _step_supports_amp_scaling = False
+
+    def __init__(self, params: Any, defaults: dict[str, Any], subspace: Any, nonfinite: str) -> None:
+        if nonfinite not in ("propagate", "skip"):
+            raise ValueError(f"Invalid nonfinite value: {nonfinite!r} (expected 'propagate' or 'skip')")
+        self._names: dict[Tensor, str] = {}
+        self._store: Store | None = None
+        self._strict = True
+        self._seen: tuple[int, int] | None = None  # identity and version of the store behind _ready
+        self._ready: dict[Tensor, Prepared | None] = {}
+        self._start: dict[Tensor, Tensor] = {}
+        self._nonfinite = nonfinite
+        self._skipped: Tensor | None = None
+        super().__init__(params, defaults)
+        if subspace is not None:
+            self.set_subspace(subspace)
+
+    # -- the subspace -------------------------------------------------------------------------------------------------
+
+    def set_subspace(self, store: Any, *, strict: bool = True) -> None:
+        """Project updates by `store` from now on: a `SubspaceStore`, or a dictionary of projectors by parameter name.
+
+        Moments are kept; `violations()` counts from here. Parameters that the store does not name train freely. With
+        `strict`, every name of the store must be a parameter's, and a parameter that was projected before must still
+        be. Raises `SubspaceMismatchError`, `SubspaceError` or `RuntimeError` (device), and then changes nothing. Keeps
+        one copy of each projected parameter. `None` ends the projection.
+        """
+        self._adopt(_subspace.as_store(store), strict, restart=True)
+
+    def bind(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+        """Read the parameters' names anew, after a toolbox replaced parameters or edited `param_groups`.
+
+        State follows a name to its new tensor; a resized parameter loses its state, with a warning.
+        """
+        names = _names.rebind(self._names, _names.named(model), self.param_groups, self.state)
+        before, self._names, self._ready = self._names, names, {}
+        try:
+            self._adopt(self._store, self._strict, restart=False)
+        except Exception:
+            self._names = before
+            raise
+
+    @torch.no_grad()
+    def violations(self) -> dict[str, float]:
+        """By name, the share ||V^T dW|| / ||dW|| of each projected parameter's movement that lies in the suppressed
+        directions, since the last `set_subspace` (or the load of a checkpoint). Near 0 where P removes them."""
+        if self._store is None:
+            return {}
+        return {
+            self._names[p]: _subspace.leak(p.double() - start.double(), self._store.sides(self._names[p]))
+            for p, start in self._start.items()
+        }
+
+    def skipped_steps(self) -> int:
+        """How many steps `nonfinite="skip"` has left out. Reads one number from the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def _refresh(self) -> None:
+        """Before a step: follow changes of the store."""
+        if self._store is not None and self._seen != (id(self._store), self._store.version):
+            self._adopt(self._store, self._strict, restart=False)
+
+    def _prepared(self, parameter: Tensor) -> Prepared | None:
+        """The projectors of one parameter; None where it trains freely."""
+        store = self._store
+        if store is None:
+            return None
+        try:
+            found = self._ready[parameter]
+        except KeyError:
+            found = self._ready[parameter] = self._look_up(store, parameter)
+        if found is not None:
+            matrix = found[0][0] if found[1][0] is None else found[1][0]
+            if matrix is not None and (
+                matrix.device != parameter.device
+                or (
+                    matrix.dtype != parameter.dtype
+                    and matrix.dtype != torch.promote_types(parameter.dtype, torch.float32)
+                )
+            ):  # the model was moved or converted
+                found = self._ready[parameter] = self._look_up(store, parameter)
+        return found
+
+    def _look_up(self, store: Store, parameter: Tensor) -> Prepared | None:
+        name = self._names.get(parameter)
+        keys = set(store.keys())
+        if name is None and keys:
+            raise SubspaceMismatchError(
+                f"a parameter of shape {tuple(parameter.shape)} has no name, but the subspace is kept by name: pass "
+                "`model.named_parameters()` to the optimizer, or call `bind(model)` after editing its groups"
+            )
+        return _subspace.prepare(name, parameter, store.sides(name)) if name in keys and name is not None else None
+
+    def _adopt(self, store: Store | None, strict: bool, *, restart: bool) -> None:
+        ready: dict[Tensor, Prepared | None] = {}
+        covered: set[Tensor] = set()
+        if store is not None:
+            keys = set(store.keys())
+            present = list(_names.grouped(self.param_groups))
+            ready = {p: self._look_up(store, p) for p in present}
+            covered = {p for p in present if self._names.get(p) in keys}
+            if strict:
+                _all_known(keys - set(self._names.values()), "the subspace names unknown parameters")
+                lost = {self._names[p] for p in self._start if p in set(present)} - keys
+                _all_known(lost, "parameters projected so far are missing from the new subspace")
+        start = {} if restart else {p: value for p, value in self._start.items() if p in covered}
+        start.update({p: p.detach().clone() for p in covered if p not in start})
+        self._store, self._strict, self._ready, self._start = store, strict, ready, start
+        self._seen = None if store is None else (id(store), store.version)
+
+    # -- parameter groups ---------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group's settings are checked, and it is refused unnamed while a subspace is in force."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names, before = group.get("param_names"), dict(self._names)
+        if names is not None:
+            self._names.update(zip(group["params"], map(_names.canonical, names), strict=True))
+        try:
+            self._check_group(group)
+            if self._store is not None:
+                self._adopt(self._store, self._strict, restart=False)
+        except Exception:
+            self.param_groups.pop()
+            self._names = before
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, include_subspace: bool = False) -> dict[str, Any]:
+        """torch's state dict; with a subspace, also its fingerprints by name, and on request its tensors."""
+        state: dict[str, Any] = super().state_dict()
+        if self._store is not None and (keys := list(self._store.keys())):
+            state["subspace"] = {"fingerprints": {name: self._store.fingerprint(name) for name in keys}}
+            if include_subspace:
+                state["subspace"]["tensors"] = _subspace.tensors_of(self._store)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
+        """Load a state dict, torch's own included. One saved under another subspace than the present raises
+        `SubspaceMismatchError` unless it carries its subspace or `strict` is off; nothing has changed then."""
+        saved = state_dict.get("subspace", {})
+        prints: dict[str, str] = saved.get("fingerprints", {})
+        store: Store | None = None
+        if "tensors" in saved:
+            devices = {name: parameter.device for parameter, name in self._names.items()}
+            store = _subspace.embedded(saved["tensors"], prints, devices)
+        elif strict and prints:
+            self._same_subspace(prints)
+        super().load_state_dict(state_dict)
+        if store is not None:
+            self.set_subspace(store, strict=strict)
+        elif self._store is not None:
+            self._adopt(self._store, self._strict, restart=True)
+
+    def _same_subspace(self, saved: dict[str, str]) -> None:
+        store = self._store
+        have = {} if store is None else {name: store.fingerprint(name) for name in store.keys()}  # noqa: SIM118 - a Protocol, not a dict
+        differing = {name for name in saved.keys() | have.keys() if saved.get(name) != have.get(name)}
+        _all_known(differing, "the state was saved under another subspace (call `set_subspace` first); differing")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_names", "_store", "_strict", "_start", "_nonfinite", "_skipped", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen, self._ready = None, {}
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            group.setdefault("differentiable", False)
+            group.setdefault("fused", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedOptimizer:
+        memo[id(self._store)] = self._store  # shared by reference: `store.clone()` copies a store
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+
+def _all_known(names: set[str], what: str) -> None:
+    if names:
+        few = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise SubspaceMismatchError(f"{what}: {few}; pass strict=False to go on regardless")

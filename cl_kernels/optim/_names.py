@@ -1,0 +1,58 @@
+"""Names of parameters, the keys of a subspace store: without wrapper prefixes, found again after edits from outside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["canonical", "grouped", "named", "rebind"]
+
+
+def canonical(name: str) -> str:
+    """The name without what DDP ("module.") and torch.compile ("_orig_mod.") put before it."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return name.replace("._orig_mod.", ".")
+
+
+def named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
+    """Names by parameter, of a module or of what `named_parameters()` gave."""
+    pairs = model.named_parameters() if isinstance(model, nn.Module) else model
+    return {parameter: canonical(name) for name, parameter in pairs}
+
+
+def grouped(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """Every parameter of the optimizer, read anew: toolboxes edit the groups at any time."""
+    for group in param_groups:
+        if not isinstance(group["params"], (list, tuple)):
+            group["params"] = list(group["params"])  # PILOT puts a generator there, good for one pass only
+        yield from group["params"]
+
+
+def rebind(
+    old: dict[Tensor, str], new: dict[Tensor, str], param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
+) -> dict[Tensor, str]:
+    """Names after the model or the groups changed; state follows a name to its new tensor unless that was resized."""
+    present = set(grouped(param_groups))
+    by_name = {name: parameter for parameter, name in old.items()}
+    for parameter, name in new.items():
+        before = by_name.get(name)
+        if before is None or before is parameter or before in present or not state.get(before):
+            continue
+        kept = state.pop(before)
+        if before.shape != parameter.shape:
+            warnings.warn(
+                f"{name}: resized from {tuple(before.shape)} to {tuple(parameter.shape)}, its optimizer state is reset",
+                stacklevel=3,
+            )
+        elif parameter in present and not state.get(parameter):
+            state[parameter] = kept
+    names = {parameter: name for parameter, name in old.items() if parameter in present and parameter not in new}
+    names |= new
+    for group in param_groups:
+        if "param_names" in group and all(parameter in names for parameter in group["params"]):
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
+    return names

@@ -1,0 +1,158 @@
+"""What an optimizer needs from a subspace store: the projectors of a tensor, checked once and kept ready."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cl_kernels.errors import SubspaceError, SubspaceMismatchError
+from cl_kernels.ops._projector import Projector, Sides
+from cl_kernels.ops.projection import BASIS, DENSE, NONE, Side, matrix_shape, side_of
+
+__all__ = ["FrozenStore", "Prepared", "Store", "as_store", "embedded", "leak", "prepare", "tensors_of"]
+
+Prepared = tuple[Side, Side]
+_ORTHONORMAL = 1e-5  # largest entry of V^T V - I; float32 solvers reach 1e-6, half of that is rounding of V itself
+
+
+class Store(Protocol):
+    """What of `SubspaceStore` an optimizer uses."""
+
+    version: int
+
+    def keys(self) -> Iterable[str]: ...
+
+    def sides(self, name: str) -> Sides: ...
+
+    def fingerprint(self, name: str) -> str: ...
+
+
+class FrozenStore:
+    """A store made from a plain dictionary, as it is now."""
+
+    version = 0
+
+    def __init__(self, values: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> None:
+        self._sides = {name: Sides.of(value) for name, value in values.items()}
+        self._fingerprints = dict(fingerprints or {})
+
+    def keys(self) -> Iterable[str]:
+        return self._sides.keys()
+
+    def sides(self, name: str) -> Sides:
+        return self._sides[name]
+
+    def fingerprint(self, name: str) -> str:
+        """Sizes, scales and blake2b of the matrices."""
+        if name not in self._fingerprints:
+            digest = hashlib.blake2b(digest_size=16)
+            for side in self._sides[name]:
+                for field in side or (None,):
+                    value = (
+                        field.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                        if isinstance(field, Tensor) and field.numel()
+                        else repr(field).encode()
+                    )
+                    digest.update(value)
+            self._fingerprints[name] = digest.hexdigest()
+        return self._fingerprints[name]
+
+
+def as_store(value: Any) -> Store | None:
+    """`value` as a store: a `SubspaceStore`, anything like it, or a plain mapping from names to projectors."""
+    if value is None or all(hasattr(value, name) for name in ("keys", "sides", "fingerprint", "version")):
+        return value  # type: ignore[no-any-return]  # checked by its attributes
+    if isinstance(value, Mapping):
+        return FrozenStore(value)
+    raise TypeError(
+        f"subspace: expected a SubspaceStore or a mapping of names to projectors, got {type(value).__name__}"
+    )
+
+
+def prepare(name: str, parameter: Tensor, sides: Sides) -> Prepared | None:
+    """The projectors of `parameter` in the form, dtype and layout of the step; None where both sides do nothing.
+
+    Raises `SubspaceMismatchError` for sizes, `RuntimeError` for devices, `SubspaceError` for a basis that is not
+    orthonormal.
+    """
+    if parameter.is_complex():
+        raise RuntimeError(f"{name}: complex parameters cannot be projected")
+    sizes = [None if side is None else side.dim for side in sides]
+    if matrix_shape(parameter.shape, *sizes) is None:
+        raise SubspaceMismatchError(
+            f"{name}: projectors of sizes {sizes[0]} (left) and {sizes[1]} (right) do not fit {tuple(parameter.shape)}"
+        )
+    left, right = (_ready(name, parameter, side) for side in sides)
+    return None if left[1] == right[1] == NONE else (left, right)
+
+
+def _ready(name: str, parameter: Tensor, projector: Projector | None) -> Side:
+    matrix, form, identity, span = side_of(name, projector)
+    if matrix is None:
+        return matrix, form, identity, span
+    if matrix.device != parameter.device:
+        raise RuntimeError(
+            f"{name}: the parameter is on {parameter.device} but its projector on {matrix.device}; "
+            f"move the store first, `store.to({str(parameter.device)!r})`"
+        )
+    identity, span = float(identity), float(span)
+    if form == BASIS:
+        _orthonormal(name, matrix)
+        if (matrix.shape[-1] == 0 or span == 0.0) and identity == 1.0:
+            return side_of(name, None)
+    ready = matrix.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    # Column-major, as LAPACK returns it: both products of a few rows then run along contiguous memory.
+    return (ready.contiguous() if form == DENSE else ready.mT.contiguous().mT), form, identity, span
+
+
+def _orthonormal(name: str, basis: Tensor) -> None:
+    v = basis.detach().to(torch.promote_types(basis.dtype, torch.float32))
+    gram = v.mT @ v
+    wanted = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) != 0).to(gram))  # columns of zeros are padding
+    error = float((gram - wanted).abs().max()) if gram.numel() else 0.0
+    limit = _ORTHONORMAL if basis.dtype in (torch.float32, torch.float64) else 2e-2
+    if not error <= limit:
+        raise SubspaceError(f"{name}: basis is not orthonormal, max |V^T V - I| = {error:.3g} (allowed {limit:g})")
+
+
+def leak(change: Tensor, sides: Sides) -> float:
+    """The largest share, over both sides, of `change` that lies in the directions its projectors suppress most."""
+    sizes = [None if side is None else side.dim for side in sides]
+    shape = matrix_shape(change.shape, *sizes)
+    if shape is None:
+        raise SubspaceMismatchError(f"projectors of sizes {sizes} do not fit shape {tuple(change.shape)}")
+    x = change.double().reshape(shape)
+    norm = float(x.norm())
+    parts = [0.0 if side is None else _suppressed(y, side) for side, y in zip(sides, (x.mT, x), strict=True)]
+    return max(parts) / norm if norm else 0.0
+
+
+def _suppressed(x: Tensor, side: Projector) -> float:
+    if side.dense is not None:
+        values, vectors = torch.linalg.eigh(side.dense.double())
+        low = values.abs() < 0.5 * values.abs().amax(-1, keepdim=True)
+        return float((x @ (vectors * low[..., None, :])).norm())
+    v, span = side.basis.double(), torch.as_tensor(side.span).double()
+    inside = x @ v
+    kept = x - inside @ v.mT  # a negative span keeps the span of V: what it suppresses lies outside
+    return float(torch.where(span > 0, inside.norm(), torch.where(span < 0, kept.norm(), 0.0)).max())
+
+
+def tensors_of(store: Store) -> dict[str, list[dict[str, Any] | None]]:
+    """The projectors as plain dictionaries of tensors and numbers, loadable with `weights_only=True`."""
+    return {name: [None if s is None else dict(s._asdict()) for s in store.sides(name)] for name in store.keys()}  # noqa: SIM118 - a Protocol, not a dict
+
+
+def embedded(
+    values: Mapping[str, Any], fingerprints: Mapping[str, str], device: Mapping[str, torch.device]
+) -> FrozenStore:
+    """The inverse of `tensors_of`, on the devices of the parameters."""
+    sides = {
+        name: Sides(*(None if s is None else Projector(**s).to(device.get(name, torch.device("cpu"))) for s in pair))
+        for name, pair in values.items()
+    }
+    return FrozenStore(sides, fingerprints)
