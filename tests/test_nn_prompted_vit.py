@@ -16,10 +16,10 @@ try:
 except ImportError as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
-from timm.layers import AttentionRope, RmsNorm  # noqa: E402  (timm needs the import above first)
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer  # noqa: E402
+from timm.layers import AttentionRope, RmsNorm
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 
-from cl_kernels.nn import PromptedViT  # noqa: E402
+from cl_kernels.nn import PromptedViT
 
 
 class SeparateAttention(AttentionRope):

@@ -1,0 +1,57 @@
+"""Two projectors put together, and what happens when nothing stays free."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl_kernels.errors import SubspaceError, SubspaceMismatchError
+from cl_kernels.ops import Projector
+from cl_kernels.subspace._algebra import Form, form_of, from_form, union
+
+__all__ = ["OnFull", "freed", "merged"]
+
+OnFull = Literal["freeze", "raise", "relax"]
+
+
+def merged(
+    name: str, ours: Projector | None, theirs: Projector | None, tolerance: float | None, on_full: OnFull
+) -> Projector | None:
+    """One side of two entries put together; see `SubspaceStore.merge`."""
+    if ours is None or theirs is None:
+        return theirs if ours is None else ours
+    if ours.dim != theirs.dim:
+        raise SubspaceMismatchError(
+            f"{name}: cannot merge a projector of dimension {theirs.dim} into one of {ours.dim}"
+        )
+    a, b = form_of(name, ours), form_of(name, theirs)
+    if a.mix == 0.0 or b.mix == 0.0:
+        a, b = (b, a) if a.mix == 0.0 else (a, b)
+        return from_form(a, ours.basis)
+    normalized = a.normalized if b.normalized is None else b.normalized
+    if abs(a.mix - b.mix) > 1e-6 or (a.normalized is not None and a.normalized != normalized):
+        raise SubspaceError(
+            f"{name}: cannot merge projectors of mix {a.mix:.4g} and {b.mix:.4g} or unlike normalisation"
+        )
+    wide = ours.basis.dtype == theirs.basis.dtype == torch.float64
+    bound = tolerance if tolerance is not None else (1e-7 if wide else 1e-4)
+    return freed(name, Form(union(a.protected, b.protected, bound), a.mix, normalized), ours.basis, on_full)
+
+
+def freed(name: str, form: Form, like: Tensor, on_full: OnFull) -> Projector:
+    """The projector of `form`, with what `on_full` asks for when it protects every direction."""
+    if form.protected.shape[0] > form.protected.shape[1]:
+        return from_form(form, like)
+    if on_full == "raise":
+        raise SubspaceError(f"{name}: all {form.protected.shape[0]} directions are protected; nothing is left to train")
+    if on_full == "relax":
+        return from_form(form._replace(protected=form.protected[:, :-1]), like)
+    warnings.warn(
+        f"{name}: all {form.protected.shape[0]} directions are protected, the layer no longer moves "
+        '(on_full="relax" frees one, "raise" stops)',
+        stacklevel=4,
+    )
+    return from_form(form, like)

@@ -1,0 +1,62 @@
+"""Entries of a store as a flat mapping of tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cl_kernels.errors import SubspaceMismatchError
+from cl_kernels.ops import Projector, Sides
+
+__all__ = ["flatten", "unflatten"]
+
+FIELDS = ("basis", "identity", "span", "dense", "energy", "condition")
+
+
+def flatten(name: str, sides: Sides) -> dict[str, Tensor]:
+    """The tensors of one entry by ``<name>/<side>/<field>``."""
+    state: dict[str, Tensor] = {}
+    for side, projector in zip(Sides._fields, sides, strict=True):
+        if projector is None:
+            continue
+        prefix = f"{name}/{side}/"
+        if projector.dense is not None:
+            state[prefix + "dense"] = projector.dense
+            continue
+        state[prefix + "basis"] = projector.basis
+        state[prefix + "identity"] = torch.tensor(float(projector.identity), dtype=torch.float64)
+        state[prefix + "span"] = torch.tensor(float(projector.span), dtype=torch.float64)
+    return state
+
+
+def unflatten(state: Mapping[str, Tensor]) -> dict[str, tuple[Sides, dict[str, float]]]:
+    """Entries and their notes by name. Raises `SubspaceMismatchError` for a key of another form or a missing one."""
+    groups: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in state.items():
+        name, side, field = [*key.rsplit("/", 2), "", ""][:3]
+        if side not in Sides._fields or field not in FIELDS or not isinstance(tensor, Tensor):
+            raise SubspaceMismatchError(f"state: {key!r} is no '<name>/<left|right>/<field>' with a tensor")
+        groups.setdefault(name, {}).setdefault(side, {})[field] = tensor
+    entries: dict[str, tuple[Sides, dict[str, float]]] = {}
+    for name, sides in groups.items():
+        notes = {
+            f"{side}_{what}": float(fields[what])
+            for side, fields in sides.items()
+            for what in ("energy", "condition")
+            if what in fields
+        }
+        entries[name] = (Sides(*(_projector(name, side, sides.get(side)) for side in Sides._fields)), notes)
+    return entries
+
+
+def _projector(name: str, side: str, fields: Mapping[str, Tensor] | None) -> Projector | None:
+    if fields is None:
+        return None
+    if "dense" in fields:
+        return Projector.from_dense(fields["dense"])
+    missing = [field for field in ("basis", "identity", "span") if field not in fields]
+    if missing:
+        raise SubspaceMismatchError(f"state: {name}/{side} lacks {', '.join(missing)}")
+    return Projector(fields["basis"], float(fields["identity"]), float(fields["span"]))

@@ -1,0 +1,262 @@
+"""What a model remembers: projectors by parameter name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from cl_kernels._version import __version__
+from cl_kernels.errors import CheckpointError, NonFiniteError, SubspaceError, SubspaceMismatchError
+from cl_kernels.ops import Projector, Sides
+from cl_kernels.subspace import _algebra, _files
+from cl_kernels.subspace._merge import OnFull, merged
+from cl_kernels.subspace._names import checked_name, plain_name
+from cl_kernels.subspace._state import flatten, unflatten
+
+__all__ = ["SideReport", "SubspaceStore"]
+
+FORMAT = "cl_kernels.subspace"
+VERSION = 1
+
+
+class SideReport(TypedDict):
+    """One row of `SubspaceStore.report()`; `rank` counts protected directions and is None for a dense projector."""
+
+    layer: str
+    side: str
+    dimension: int
+    rank: int | None
+    energy: float | None
+    condition: float | None
+    orthogonality_error: float
+
+
+class SubspaceStore(MutableMapping[str, Projector | Sides]):
+    """Projectors by parameter name, with their files, their merging and their report.
+
+    ``store[name] = Projector(...)`` acts on the right (the last dimension of the parameter), ``Sides(left, right)`` on
+    both. Names lose the prefixes of DistributedDataParallel and torch.compile; they may hold letters, digits
+    and ``_ . / -``. Bases are two-dimensional, [d, r], and must be orthonormal (max |V^T V - I| at most 1e-5 in fp32,
+    1e-9 in fp64), else `SubspaceError` with the measured error. `version` grows with every change. A wrong call changes
+    nothing.
+    """
+
+    def __init__(self, entries: Mapping[str, Projector | Sides] | None = None) -> None:
+        self._entries: dict[str, Sides] = {}
+        self._notes: dict[str, dict[str, float]] = {}  # "<side>/energy", "<side>/condition" by name
+        self.version = 0
+        self.provenance: dict[str, str] = {}
+        for name, value in (entries or {}).items():
+            self[name] = value
+
+    # ------------------------------------------------------------------------------------------------ mapping
+    def __getitem__(self, name: str) -> Projector | Sides:
+        sides = self.sides(name)
+        return sides.right if sides.left is None and sides.right is not None else sides
+
+    def __setitem__(self, name: str, value: Projector | Sides | tuple[Projector | None, Projector | None]) -> None:
+        self.put(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[plain_name(name)]
+        del self._notes[plain_name(name)]
+        self.version += 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and plain_name(name) in self._entries
+
+    def put(
+        self,
+        name: str,
+        value: Projector | Sides | tuple[Projector | None, Projector | None],
+        **notes: float,
+    ) -> None:
+        """Set an entry with what is known of it: ``right_energy``, ``right_condition`` and the same for the left.
+
+        Energy is the share of the second moment's trace that is protected, condition its largest over its smallest
+        eigenvalue.
+        """
+        plain, sides = checked_name(name), Sides.of(value)
+        if sides == (None, None):
+            raise ValueError(f"value: {plain} has neither a left nor a right projector; leave its name out instead")
+        for side, projector in zip(("left", "right"), sides, strict=True):
+            if projector is not None:
+                _algebra.check(f"{plain} ({side})", projector)
+        kept = {f"{side}/{what}" for side in ("left", "right") for what in ("energy", "condition")}
+        named = {key.replace("_", "/", 1): float(number) for key, number in notes.items()}
+        if not named.keys() <= kept:
+            raise TypeError(f"notes: expected some of {sorted(kept)}, got {sorted(named)}")
+        self._entries[plain] = sides
+        self._notes[plain] = named
+        self.version += 1
+
+    def sides(self, name: str) -> Sides:
+        """The entry as a (left, right) pair. Raises `KeyError` naming it when there is none."""
+        return self._entries[plain_name(name)]
+
+    def fingerprint(self, name: str) -> str:
+        """blake2b of the name, the ranks and the bytes of the projectors, the same on every device."""
+        plain = plain_name(name)
+        digest = hashlib.blake2b(plain.encode(), digest_size=16)
+        for key, tensor in flatten(plain, self._entries[plain]).items():
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            raw = tensor.detach().to("cpu").contiguous().reshape(-1)
+            digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------------------------------------ use
+    def merge(
+        self, other: Mapping[str, Projector | Sides], *, tolerance: float | None = None, on_full: OnFull = "freeze"
+    ) -> None:
+        """Protect what `other` protects too: the sum of both spans, re-orthogonalised; the order does not matter.
+
+        Both projectors of a name must have the same mix and normalisation, which the result keeps; the gain of a
+        normalised one grows with its rank as when it is built anew. Directions closer than `tolerance` (default: 1e-7
+        for fp64 bases, 1e-4 below) count once. When nothing stays free, `on_full` freezes the layer with one warning,
+        raises `SubspaceError`, or "relax" gives the last direction back. Other sizes: `SubspaceMismatchError`.
+        """
+        if on_full not in ("freeze", "raise", "relax"):
+            raise ValueError(f"on_full: expected 'freeze', 'raise' or 'relax', got {on_full!r}")
+        both: dict[str, Sides] = {}
+        for name, value in other.items():
+            plain, theirs = checked_name(name), Sides.of(value)
+            ours = self._entries.get(plain, Sides())
+            both[plain] = Sides(
+                *(
+                    merged(f"{plain} ({side})", a, b, tolerance, on_full)
+                    for side, a, b in zip(Sides._fields, ours, theirs)
+                )
+            )
+        for name, sides in both.items():
+            self.put(name, sides)
+
+    def capacity(self) -> dict[str, float]:
+        """Share of update directions that each layer still has: (free left share) x (free right share)."""
+        shares: dict[str, float] = {}
+        for name, sides in self._entries.items():
+            shares[name] = 1.0
+            for projector in sides:
+                shares[name] *= 1.0 if projector is None else _algebra.free_share(projector)
+        return shares
+
+    def report(self) -> list[SideReport]:
+        """One row per layer and side: dimension, protected rank, energy, condition, orthogonality error."""
+        rows: list[SideReport] = []
+        for name, sides in self._entries.items():
+            for side, projector in zip(Sides._fields, sides, strict=True):
+                if projector is None:
+                    continue
+                rows.append(
+                    SideReport(
+                        layer=name,
+                        side=side,
+                        dimension=projector.dim,
+                        rank=_algebra.protected_rank(projector),
+                        energy=self._notes[name].get(f"{side}/energy"),
+                        condition=self._notes[name].get(f"{side}/condition"),
+                        orthogonality_error=_algebra.orthogonality_error(projector),
+                    )
+                )
+        return rows
+
+    def to(self, *args: Any, **kwargs: Any) -> SubspaceStore:
+        """Convert every projector in place as `Tensor.to` does, and return the store."""
+        moved = {
+            name: Sides(*(None if projector is None else projector.to(*args, **kwargs) for projector in sides))
+            for name, sides in self._entries.items()
+        }
+        self._entries = moved
+        self.version += 1
+        return self
+
+    def clone(self) -> SubspaceStore:
+        """A copy that shares no tensor with this store."""
+        copy = SubspaceStore()
+        copy.load_state_dict({key: tensor.clone() for key, tensor in self.state_dict().items()})
+        copy.provenance = dict(self.provenance)
+        return copy
+
+    # ------------------------------------------------------------------------------------------------ state and files
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat: ``<name>/<side>/<basis|identity|span|dense|energy|condition>``, tensors only."""
+        state: dict[str, Tensor] = {}
+        for name, sides in self._entries.items():
+            state |= flatten(name, sides)
+            state |= {
+                f"{name}/{key}": torch.tensor(note, dtype=torch.float64) for key, note in self._notes[name].items()
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Take over the entries of `state`; strictly, they replace all entries, whose names must be the same if any.
+
+        Raises `SubspaceMismatchError` for malformed keys or, strictly, other names; with ``strict=False`` entries that
+        `state` does not name stay.
+        """
+        fresh = SubspaceStore()
+        for name, (sides, notes) in unflatten(state).items():
+            fresh.put(name, sides, **notes)
+        if strict and self._entries and self._entries.keys() != fresh._entries.keys():
+            names = sorted(self._entries.keys() ^ fresh._entries.keys())
+            raise SubspaceMismatchError(
+                f"state: names differ from the store's: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; "
+                "use strict=False to keep entries that it does not name"
+            )
+        self._entries = fresh._entries if strict else {**self._entries, **fresh._entries}
+        self._notes = fresh._notes if strict else {**self._notes, **fresh._notes}
+        self.version += 1
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file atomically; a tensor that several names share is written once. Raises `OSError`."""
+        tensors: dict[str, Tensor] = {}
+        ties: dict[str, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
+        for key, tensor in self.state_dict().items():
+            identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if tensor.numel() > 1 and identity in first:
+                ties[key] = first[identity]
+                continue
+            first[identity] = key
+            tensors[key] = tensor
+        header = {
+            "library": f"cl_kernels {__version__}",
+            "ties": json.dumps(ties),
+            "names": json.dumps(list(self)),
+            "provenance": json.dumps(self.provenance),
+        }
+        _files.save_tensors(path, tensors, kind=FORMAT, version=VERSION, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SubspaceStore:
+        """Read a file that `save` wrote; nothing in it is executed. Raises `CheckpointError` for any other file."""
+        tensors, header = _files.load_tensors(path, kind=FORMAT, version=VERSION, device=device)
+        store = cls()
+        try:
+            for key, source in json.loads(header["ties"]).items():
+                tensors[key] = tensors[source]
+            store.load_state_dict(tensors)
+            store._entries = {name: store._entries[name] for name in json.loads(header["names"])}
+            store.provenance = {str(key): str(value) for key, value in json.loads(header["provenance"]).items()}
+        except (
+            SubspaceError,
+            SubspaceMismatchError,
+            NonFiniteError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as error:
+            raise CheckpointError(f"{path}: its contents are not those of a subspace store: {error}") from error
+        return store
