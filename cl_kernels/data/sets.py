@@ -102,7 +102,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         if size > MAX_BYTES:
             raise ValueError(f"{len(self)} images of {tuple(first.shape)} take {size} bytes; give a smaller image_size")
         decoded = torch.empty(len(self), *first.shape, dtype=torch.uint8)
-        for index in range(len(self)):
+        decoded[0] = first
+        for index in range(1, len(self)):
             image = self._image(index)
             if image.shape != first.shape:
                 raise ValueError(
