@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     import typer
 
 
+_CONTROL_C = 130  # what typer makes of a KeyboardInterrupt
+
+
 def build() -> "typer.Typer":
     """A new application with every command."""
     import typer
@@ -45,4 +48,6 @@ def invoke(argv: list[str]) -> int:
     import typer
 
     outcome = typer.main.get_command(build()).main(args=argv, prog_name="cl-kernels", standalone_mode=False)
+    if outcome == _CONTROL_C:
+        raise KeyboardInterrupt
     return outcome if isinstance(outcome, int) else 0

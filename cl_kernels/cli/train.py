@@ -32,6 +32,7 @@ def register(app: "typer.Typer") -> None:
         domains: Annotated[str | None, text("Transforms of the domains: identity,invert,rotate90", "A,B,...")] = None,
         backbone: Annotated[str | None, text("embedded, a timm ViT, a .safetensors [embedded]", "NAME|FILE")] = None,
         weights: Annotated[str | None, text("Local weights for --backbone; nothing is downloaded", "FILE")] = None,
+        image_size: Annotated[int | None, Option(help="Resolution of a timm backbone [its own]")] = None,
         epochs: Annotated[int | None, Option(help="Epochs a task [10]")] = None,
         batch_size: Annotated[int | None, Option(help="Images a step [64]")] = None,
         lr: Annotated[float | None, Option(help="Learning rate [the method's own]")] = None,
@@ -59,7 +60,8 @@ def register(app: "typer.Typer") -> None:
         given: dict[str, Any] = {
             "method": method, "data": data, "tasks": tasks, "stream": stream, "backbone": backbone, "weights": weights,
             "domains": None if domains is None else tuple(d.strip() for d in domains.split(",") if d.strip()),
-            "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "class_seed": class_seed,
+            "image_size": image_size, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+            "class_seed": class_seed,
             "device": device, "precision": precision, "augment": augment, "eval_batch_size": eval_batch_size,
             "statistics_batch": statistics_batch, "threads": threads, "out": out, "resume": resume,
             "overwrite": overwrite, "checkpoint_minutes": checkpoint_minutes, "checkpoint_steps": checkpoint_steps,
