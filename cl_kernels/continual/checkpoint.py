@@ -49,16 +49,16 @@ def write_atomically(path: Path, payload: bytes) -> None:
 
 
 def load(path: Path, *, fingerprint: str, device: torch.device) -> Tree:
-    """The tree saved at `path`, tensors on `device`.
+    """The tree saved at `path`; what was on an accelerator goes to `device`, what was on the CPU stays there.
 
     Raises `CheckpointError` naming the path for a damaged or foreign file, another version, or another run's
     fingerprint."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             _check(path, metadata, fingerprint)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
-        return _unpack(json.loads(metadata["tree"]), tensors)
+        return _unpack(json.loads(metadata["tree"]), tensors, device)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path}: not a readable checkpoint of this package ({type(error).__name__}: {error}); "
@@ -97,7 +97,7 @@ def _pack(value: Tree, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # ties and views become copies
-        return {"tensor": key}
+        return {"tensor" if value.device.type == "cpu" else "device tensor": key}
     if isinstance(value, dict):
         return {"dict": [[_key(key), _pack(item, tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -113,15 +113,15 @@ def _key(key: object) -> str | int:
     raise TypeError(f"checkpoint: dict keys must be str or int, got {type(key).__name__}")
 
 
-def _unpack(node: Any, tensors: dict[str, Tensor]) -> Tree:
+def _unpack(node: Any, tensors: dict[str, Tensor], device: torch.device) -> Tree:
     if not isinstance(node, dict):
         return node
     ((kind, body),) = node.items()
-    if kind == "tensor":
-        return tensors[body]
+    if kind in ("tensor", "device tensor"):
+        return tensors[body] if kind == "tensor" else tensors[body].to(device)
     if kind == "dict":
-        return {key: _unpack(item, tensors) for key, item in body}
-    items = [_unpack(item, tensors) for item in body]
+        return {key: _unpack(item, tensors, device) for key, item in body}
+    items = [_unpack(item, tensors, device) for item in body]
     return tuple(items) if kind == "tuple" else items
 
 

@@ -33,6 +33,7 @@ class RunConfig:
         data: an embedded name, an ``.npz`` shard or an image folder.
         tasks: of a class-incremental stream; for ``stream="domain"`` None or ``len(domains)``.
         backbone, weights: name or file of the pre-trained model, and the file of its weights.
+        image_size: builds a timm model for another input size; None takes the model's own.
         epochs, batch_size: per task.
         lr: None takes the method's own default.
         seed: class order, initialisation and data order.
@@ -89,6 +90,7 @@ class RunConfig:
     tasks: int | None = 5
     backbone: str = "embedded"
     weights: str | None = None
+    image_size: int | None = None
     epochs: int = 10
     batch_size: int = 64
     lr: float | None = None
@@ -130,6 +132,7 @@ class RunConfig:
             ("class_seed", 0, 2**32 - 1),
             ("checkpoint_steps", 1, 10**9),
             ("threads", 1, 1024),
+            ("image_size", 1, 4096),
         ):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), low, high)

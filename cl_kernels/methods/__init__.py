@@ -1,7 +1,7 @@
 """Published continual learning methods, one per file, and the controls they are measured against."""
 
 from cl_kernels.methods._base import HeadMethod, Method, Options
-from cl_kernels.methods._catalog import create, names, options, published
+from cl_kernels.methods._catalog import check, create, names, options, published
 from cl_kernels.methods._schedule import multipliers
 from cl_kernels.methods._task import Batch, Batches, Task, TaskRecord
 
@@ -13,6 +13,7 @@ __all__ = [
     "Options",
     "Task",
     "TaskRecord",
+    "check",
     "create",
     "multipliers",
     "names",

@@ -19,7 +19,7 @@ from cl_kernels.methods.nsp2_exact import NSP2Exact
 from cl_kernels.methods.null_space import NullSpace
 from cl_kernels.methods.sequential import Sequential
 
-__all__ = ["create", "names", "options", "published"]
+__all__ = ["check", "create", "names", "options", "published"]
 
 Factory = Callable[[nn.Module, Any], HeadMethod]
 
@@ -71,17 +71,26 @@ def published(name: str) -> dict[str, Any]:
     return dict(_PUBLISHED.get(name, {}))
 
 
+def check(name: str, **options: Any) -> None:
+    """What `create` checks before it touches a backbone: name, option names, values. Raises `ValueError`."""
+    _options(name, options)
+
+
 def create(name: str, backbone: nn.Module, **options: Any) -> Method:
     """The method `name` on a timm vision transformer, which it takes over (and may train in place).
 
     Raises `ValueError` for an unknown name or option, offering the nearest ones, and for a value out of range.
     """
-    factory, kind = _find(name)
+    return _find(name)[0](backbone, _options(name, options))
+
+
+def _options(name: str, given: dict[str, Any]) -> Options:
+    kind = _find(name)[1]
     known = option_defaults(kind)
-    unknown = [option for option in options if option not in known]
+    unknown = [option for option in given if option not in known]
     if unknown:
         raise ValueError(f"options: {name} has no option {unknown[0]!r}; nearest: {_nearest(unknown[0], list(known))}")
-    return factory(backbone, kind(**options))
+    return kind(**given)
 
 
 def _find(name: str) -> tuple[Factory, type[Options]]:

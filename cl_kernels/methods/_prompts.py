@@ -57,10 +57,10 @@ class PromptMethod(HeadMethod):
         return None
 
     def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        optimizer: Optimizer = ProjectedAdam(groups, betas=self.options.betas, eps=self.options.eps)
+        optimizer = ProjectedAdam(groups, betas=self.options.betas, eps=self.options.eps)
         store = self._store()
         if store is not None:
-            optimizer.set_subspace(store, strict=False)  # the heads have no projector, by design
+            optimizer.set_subspace(store)  # heads are not in it and train freely
         return optimizer
 
 

@@ -5,12 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from cl_kernels.methods._base import require
 from cl_kernels.ops import Projector, Sides, rules
+from cl_kernels.subspace import SubspaceStore
 
-__all__ = ["parse_rule", "protected_energy", "rms_gain", "scaled_identity", "side_report"]
+__all__ = [
+    "Report",
+    "check_rule",
+    "matched",
+    "new_store",
+    "parse_rule",
+    "protected_energy",
+    "restored_store",
+    "rms_gain",
+    "side_report",
+]
+
+Report = dict[str, dict[str, dict[str, float]]]
+"""By parameter, by side: dim, protected, gain, energy."""
 
 
 def parse_rule(name: str, text: str) -> rules.Rule:
@@ -91,3 +106,20 @@ def check_rule(name: str, text: str | None) -> None:
     if text is not None:
         require(name, isinstance(text, str), "a string", text)
         parse_rule(name, text)
+
+
+def new_store(sides: dict[str, Sides], report: Report) -> SubspaceStore:
+    """A store of `sides` that knows the protected energies."""
+    store = SubspaceStore()
+    for name, pair in sides.items():
+        store.put(name, pair, **{f"{side}_energy": values["energy"] for side, values in report[name].items()})
+    return store
+
+
+def restored_store(state: dict[str, Tensor] | None, device: torch.device) -> SubspaceStore | None:
+    """The store whose `state_dict` this is, on `device`; None for None."""
+    if state is None:
+        return None
+    store = SubspaceStore()
+    store.load_state_dict(state)
+    return store.to(device)

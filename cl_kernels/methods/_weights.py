@@ -72,7 +72,7 @@ class WeightMethod(HeadMethod):
         optimizer: ProjectedAdamW = ProjectedAdamW(groups, betas=self.options.betas, eps=self.options.eps)
         store = self._store()
         if store is not None:
-            optimizer.set_subspace(store, strict=False)  # the heads have no projector, by design
+            optimizer.set_subspace(store)  # heads are not in it and train freely
         return optimizer
 
     @property

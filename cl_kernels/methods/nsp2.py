@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cl_kernels.methods._base import Options, require
 from cl_kernels.methods._prompts import PromptMethod, PromptOptions
-from cl_kernels.methods._subspaces import check_rule, parse_rule, side_report
+from cl_kernels.methods._subspaces import Report, check_rule, new_store, parse_rule, restored_store, side_report
 from cl_kernels.methods._task import Batches, Task
 from cl_kernels.ops import Projector, Sides
 from cl_kernels.ops.null_space import null_space_projector
@@ -73,7 +73,7 @@ class NSP2(PromptMethod):
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
         self.store: SubspaceStore | None = None
         self._previous: tuple[Tensor, Tensor] | None = None
-        self._report: dict[str, dict[str, dict[str, float]]] = {}
+        self._report: Report = {}
 
     def _store(self) -> SubspaceStore | None:
         return self.store
@@ -87,7 +87,7 @@ class NSP2(PromptMethod):
         self._previous = prompt_moments([prompt.detach() for _, prompt in self._body()])
         if not self.tasks[-1].last:
             self._accumulate(loader)
-            self.store = self._new_store(self._projectors())
+            self.store = new_store(self._projectors(), self._report)
 
     @torch.no_grad()
     def _accumulate(self, loader: Batches) -> None:
@@ -125,20 +125,14 @@ class NSP2(PromptMethod):
         self._report[name] = report
         return Sides(made["left"], made["right"])
 
-    def _new_store(self, sides: dict[str, Sides]) -> SubspaceStore:
-        store = SubspaceStore()
-        for name, pair in sides.items():
-            store[name] = pair
-        return store
-
-    def subspace(self) -> dict[str, dict[str, dict[str, float]]]:
+    def subspace(self) -> Report:
         """Dimension, protected directions, RMS gain and protected energy by parameter and side."""
         return self._report
 
     def _state(self) -> dict[str, Any]:
         return {
             "statistics": {name: list(pair) for name, pair in self.statistics.items()},
-            "store": None if self.store is None else {name: _as_state(self.store.sides(name)) for name in self.store},
+            "store": None if self.store is None else self.store.state_dict(),
             "previous": None if self._previous is None else list(self._previous),
             "report": self._report,
         }
@@ -146,8 +140,7 @@ class NSP2(PromptMethod):
     def _load_state(self, state: dict[str, Any]) -> None:
         moved = {name: [tensor.to(self.device) for tensor in pair] for name, pair in state["statistics"].items()}
         self.statistics = {name: (pair[0], pair[1]) for name, pair in moved.items()}
-        stored = state["store"]
-        self.store = None if stored is None else self._new_store({name: _from_state(v) for name, v in stored.items()})
+        self.store = restored_store(state["store"], self.device)
         previous = state["previous"]
         self._previous = None if previous is None else (previous[0].to(self.device), previous[1].to(self.device))
         self._report = state["report"]
@@ -168,12 +161,3 @@ def ln_drift_loss(prompts: list[Tensor], mean: Tensor, std: Tensor) -> Tensor:
     """
     now_mean, now_std = prompt_moments(prompts)
     return ((now_mean - mean).abs() + (now_std - std).abs()).sum() / mean.shape[1]
-
-
-def _as_state(sides: Sides) -> list[list[Any] | None]:
-    return [None if side is None else list(side) for side in sides]
-
-
-def _from_state(state: list[list[Any] | None]) -> Sides:
-    left, right = (None if fields is None else Projector(*fields) for fields in state)
-    return Sides(left, right)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cl_kernels.methods._base import Options, require
-from cl_kernels.methods._subspaces import check_rule, parse_rule, side_report
+from cl_kernels.methods._subspaces import Report, check_rule, new_store, parse_rule, restored_store, side_report
 from cl_kernels.methods._task import Batches, Task
 from cl_kernels.methods._weights import WeightMethod, WeightOptions
-from cl_kernels.ops import Projector, Sides
+from cl_kernels.ops import Sides
 from cl_kernels.ops.null_space import null_space_projector
 from cl_kernels.subspace import CovarianceCollector, SubspaceStore
 
@@ -51,7 +51,7 @@ class NullSpace(WeightMethod):
         super().__init__(backbone, options)
         self.statistics: dict[str, Tensor] = {}
         self.store: SubspaceStore | None = None
-        self._report: dict[str, dict[str, dict[str, float]]] = {}
+        self._report: Report = {}
 
     def _store(self) -> SubspaceStore | None:
         return self.store
@@ -59,7 +59,7 @@ class NullSpace(WeightMethod):
     def _finish(self, task: Task, loader: Batches) -> None:
         if not self.tasks[-1].last:
             self._accumulate(loader)
-            self.store = self._new_store(self._projectors())
+            self.store = new_store(self._projectors(), self._report)
 
     @torch.no_grad()
     def _accumulate(self, loader: Batches) -> None:
@@ -82,31 +82,14 @@ class NullSpace(WeightMethod):
             made[name] = Sides(None, projector.to(self._like.dtype))
         return made
 
-    def _new_store(self, sides: dict[str, Sides]) -> SubspaceStore:
-        store = SubspaceStore()
-        for name, pair in sides.items():
-            store[name] = pair
-        return store
-
-    def subspace(self) -> dict[str, dict[str, dict[str, float]]]:
+    def subspace(self) -> Report:
         """Dimension, protected directions, RMS gain and protected energy by parameter."""
         return self._report
 
     def _state(self) -> dict[str, Any]:
-        stored = None
-        if self.store is not None:
-            stored = {name: list(_right(self.store.sides(name))) for name in self.store}
+        stored = None if self.store is None else self.store.state_dict()
         return {"statistics": self.statistics, "store": stored, "report": self._report}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.statistics = {name: matrix.to(self.device) for name, matrix in state["statistics"].items()}
-        stored = state["store"]
-        if stored is not None:
-            stored = self._new_store({name: Sides(None, Projector(*fields)) for name, fields in stored.items()})
-        self.store, self._report = stored, state["report"]
-
-
-def _right(sides: Sides) -> Projector:
-    if sides.right is None:
-        raise ValueError("store: expected a projector on the input side of every weight")
-    return sides.right
+        self.store, self._report = restored_store(state["store"], self.device), state["report"]

@@ -1,0 +1,126 @@
+"""Everything a run needs, opened and checked before the first step: data, stream, backbone, method, device."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_kernels import data as image_data
+from cl_kernels import methods
+from cl_kernels.continual import stream, transforms
+from cl_kernels.continual.config import RunConfig
+from cl_kernels.continual.environment import pick_device, pick_precision
+from cl_kernels.continual.feed import Feed, Pool, Segment
+
+__all__ = ["Session", "open_session"]
+
+
+@dataclass
+class Session:
+    """What `open_session` found."""
+
+    config: RunConfig
+    device: torch.device
+    precision: torch.dtype
+    epochs: int
+    tasks: list[stream.Task]
+    class_names: list[str]
+    skipped: int
+    method: methods.Method
+    preprocess: Callable[[Tensor], Tensor]
+    train: Pool
+    test: Pool
+    fingerprint: str
+    parameters: int
+    seconds: dict[str, float]
+
+    def training(self, index: int) -> Feed:
+        """What task `index` trains on: its own images, or also those of all earlier tasks."""
+        first = 0 if self.method.scope == "seen" else index
+        return self._feed(self.train, [(task.train, task.domain) for task in self.tasks[first : index + 1]])
+
+    def testing(self, index: int) -> Feed:
+        """The test images of task `index`."""
+        return self._feed(self.test, [(self.tasks[index].test, self.tasks[index].domain)])
+
+    def _feed(self, pool: Pool, parts: list[tuple[Tensor, str]]) -> Feed:
+        return Feed(pool, [Segment(rows, transforms.get(domain)) for rows, domain in parts], self.preprocess)
+
+
+def open_session(
+    config: RunConfig,
+    data: image_data.ImageData | None = None,
+    backbone: image_data.Backbone | None = None,
+) -> Session:
+    """Open what `config` names; `data` and `backbone` replace what would be loaded.
+
+    Names and options are checked before anything is read. Raises what the parts raise.
+    """
+    options = dict(config.options) if config.lr is None else {**config.options, "lr": config.lr}
+    methods.check(config.method, **options)
+    for domain in config.domains:
+        transforms.get(domain)
+    device = pick_device(config.device)
+    seconds, start = {}, time.perf_counter()
+    if backbone is None:
+        backbone = image_data.load_backbone(config.backbone, config.weights, image_size=config.image_size)
+    model, preprocess = backbone
+    seconds["backbone"] = time.perf_counter() - start
+    start = time.perf_counter()
+    if data is None:
+        data = image_data.load(config.data, strict=config.strict, image_size=preprocess.size)
+    tasks = _tasks(config, data)
+    train = Pool(data.train, torch.cat([task.train for task in tasks]).unique(), device)
+    test = Pool(data.test, torch.cat([task.test for task in tasks]).unique(), device)
+    seconds["data"] = time.perf_counter() - start
+    weights = _digest_model(model)
+    method = methods.create(config.method, model.to(device), **options)
+    return Session(
+        config=config,
+        device=device,
+        precision=pick_precision(config.precision, device),
+        epochs=1 if config.quick else config.epochs,
+        tasks=tasks,
+        class_names=[str(name) for name in data.class_names],
+        skipped=data.skipped,
+        method=method,
+        preprocess=preprocess,
+        train=train,
+        test=test,
+        fingerprint=config.fingerprint(_digest_data(data, tasks), weights),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seconds=seconds,
+    )
+
+
+def _tasks(config: RunConfig, data: Any) -> list[stream.Task]:
+    if config.stream == "domain":
+        tasks = stream.domain_incremental(data, config.domains)
+    else:
+        seed = config.seed if config.class_seed is None else config.class_seed
+        tasks = stream.class_incremental(data, config.tasks or 1, seed, domains=config.domains)
+    return [stream.quick(task, data) for task in tasks] if config.quick else tasks
+
+
+def _digest_data(data: Any, tasks: list[stream.Task]) -> str:
+    """Names, labels and rows: enough to tell two data sets apart without reading every pixel."""
+    digest = hashlib.blake2b(repr((data.name, list(data.class_names))).encode(), digest_size=16)
+    for labels in (data.train.labels, data.test.labels):
+        digest.update(labels.to(torch.int64).contiguous().numpy().tobytes())
+    for task in tasks:
+        digest.update(repr((task.classes, task.domain, len(task.train), len(task.test))).encode())
+    return digest.hexdigest()
+
+
+def _digest_model(model: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
