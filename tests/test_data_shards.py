@@ -97,11 +97,11 @@ def test_ink_shard(tmp_path: Path) -> None:
     assert loaded.class_names == ["Greek/α", "Greek/β"]
     assert torch.equal(loaded.train.tensors(), torch.from_numpy(255 * (1 - ink[[0, 2, 4, 5]]))[:, None])
     assert loaded.test.labels.tolist() == [0, 1]
-    for broken in (
-        {"shape": np.array([50, 3])},
-        {"labels": np.array([0, 0, 1, 1, 0, 2])},
-        {"is_test": np.zeros(5, bool)},
-    ):
+    for field, value in {
+        "shape": np.array([50, 3]),
+        "labels": np.array([0, 0, 1, 1, 0, 2]),
+        "is_test": np.zeros(5, bool),
+    }.items():
         with pytest.raises(ValueError, match=r"bad\.npz"):
             data.load(write(tmp_path / "bad.npz", made | {field: value}))
 
