@@ -35,7 +35,7 @@ def run(command: list[str]) -> str:
     if done.returncode:
         lines = done.stdout.strip().splitlines() or ["no output"]
         print(*lines[-60:], sep="\n", file=sys.stderr)
-        first = next((line for line in lines if re.search(r"\berror\b", line) and "-Werror" not in line), lines[-1])
+        first = next((line for line in lines if re.search(r"\berror\s*:", line)), lines[-1])
         tool = command[2] if command[1] == "-m" else Path(command[0]).name
         raise NativeBuildError(f"{tool} failed: {first.strip()}")
     return done.stdout
