@@ -1,0 +1,95 @@
+"""The demo's driver: what it plans, that it runs, skips what is finished, and survives a run that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cl_kernels import continual, methods
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # its dataclass looks the module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_committed_settings_are_runs(demo: ModuleType) -> None:
+    jobs = demo.plan(ROOT / "examples" / "demo.toml", 2, Path("out"), quick=False)
+    labels = {job.label for job in jobs}
+    wanted = {"class-mean", "linear", "sequential", "matched-lr", "nsp2", "nsp2-exact", "full", "null-space"}
+    assert wanted <= {job.settings["method"] for job in jobs}
+    assert {"null-space matched"} <= labels
+    assert len({job.out for job in jobs}) == len(jobs), "every run has a folder of its own"
+    for job in jobs:
+        config = continual.RunConfig(**job.settings, out=job.out)
+        assert config.seed in (0, 1)
+        assert set(config.options) <= set(methods.options(config.method))
+
+
+def test_streams_and_rows_override_each_other(demo: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "demo.toml"
+    file.write_text(
+        '[run]\nepochs = 3\nlr = 0.1\n[[stream]]\ntitle = "plain"\n[[stream]]\ntitle = "turned"\ndomains = ["invert"]\n'
+        'lr = 0.2\n[[row]]\nlabel = "a"\nmethod = "full"\n[[row]]\nlabel = "b"\nmethod = "full"\nlr = 0.3\n'
+    )
+    jobs = demo.plan(file, 1, Path("out"), quick=True)
+    assert [(j.title, j.label, j.settings["lr"]) for j in jobs] == [
+        ("plain", "a", 0.1), ("plain", "b", 0.3), ("turned", "a", 0.2), ("turned", "b", 0.3),
+    ]  # fmt: skip
+    assert all(j.settings["epochs"] == 3 and j.settings["quick"] for j in jobs)
+    assert [j.label for j in demo.plan(file, 2, Path("out"), quick=False, only=["b"])] == ["b"] * 4
+    file.write_text("[runs]\n")
+    with pytest.raises(SystemExit, match=r"expected \[run\], \[\[stream\]\] and \[\[row\]\]"):
+        demo.plan(file, 1, Path("out"), quick=False)
+
+
+def run_demo(*words: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py"), *words],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+
+
+def test_two_rows_for_real(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    pytest.importorskip("timm", reason="the backbone is a timm model")
+    settings = tmp_path / "demo.toml"
+    settings.write_text(
+        '[run]\ntasks = 5\nepochs = 1\n[[row]]\nlabel = "means"\nmethod = "class-mean"\n'
+        '[[row]]\nlabel = "heads"\nmethod = "linear"\n[[row]]\nlabel = "broken"\nmethod = "linear"\nlr = -1\n'
+    )
+    words = ("--settings", str(settings), "--out", str(tmp_path / "out"), "--quick", "--seeds", "1", "--jobs", "1")
+    first = run_demo(*words)
+    assert first.returncode == 1, "one row cannot run"
+    assert "failed: broken, seed 0: ValueError: lr" in first.stdout
+    record: dict[str, Any] = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["label"] for run in record["runs"]] == ["means", "heads"]
+    assert record["quick"] is True
+    mean = record["runs"][0]["average_accuracy"]
+    assert mean > 0.3, "better than chance on ten classes"
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (first.stdout, page):
+        assert "means" in text
+        assert f"{100 * mean:.1f}" in text
+    stamp = (tmp_path / "out" / "runs" / "0-means-seed0" / "results.json").stat().st_mtime_ns
+    settings.write_text(settings.read_text().replace('method = "linear"\nlr = -1\n', 'method = "class-mean"\n'))
+    second = run_demo(*words)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (tmp_path / "out" / "runs" / "0-means-seed0" / "results.json").stat().st_mtime_ns == stamp, "skipped"
