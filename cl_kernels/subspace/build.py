@@ -1,0 +1,102 @@
+"""From second moments to a store of projectors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl_kernels import ops
+from cl_kernels.errors import NonFiniteError, SubspaceMismatchError
+from cl_kernels.ops import Projector, Sides
+from cl_kernels.ops.rules import Rule
+from cl_kernels.subspace._algebra import Form
+from cl_kernels.subspace._merge import OnFull, freed
+from cl_kernels.subspace._moments import Covariance, PromptCovariance
+from cl_kernels.subspace.store import SubspaceStore
+
+__all__ = ["build_store"]
+
+
+def build_store(
+    covariances: Mapping[str, Covariance | PromptCovariance],
+    rule: Rule,
+    *,
+    left_rule: Rule | None = None,
+    mix: float = 1.0,
+    left_mix: float | None = None,
+    normalize: Literal["fro"] | None = None,
+    side: Literal["left", "right"] = "right",
+    on_full: OnFull = "freeze",
+    dtype: torch.dtype | None = None,
+) -> SubspaceStore:
+    """Projectors onto what `rule` leaves free, B = mix Q / (||Q||_F if "fro" else 1) + (1 - mix) I, by name.
+
+    A `Covariance` gives a projector of `side` ("left" for `what="output_grad"`), a `PromptCovariance` one of each side,
+    the left one by `left_rule` and `left_mix` where given. Captured energy and condition are recorded. The thinner of
+    the protected and the free basis is kept, in `dtype` (default: that of the moments).
+
+    Warns when a layer has no energy (all of it stays free), fewer than 4 rows for each protected direction, or, with
+    ``on_full="freeze"``, nothing left free ("raise": `SubspaceError`; "relax": the weakest direction is given back).
+    Raises `SubspaceMismatchError` for a matrix that is not square and symmetric, `NonFiniteError` for one that is not
+    finite. Cost: one eigendecomposition of each matrix.
+    """
+    if not 0 <= mix <= 1 or (left_mix is not None and not 0 <= left_mix <= 1):
+        raise ValueError(f"Invalid mix value: {mix}, left_mix {left_mix} (expected 0 <= mix <= 1)")
+    if normalize not in (None, "fro"):
+        raise ValueError(f"normalize: expected None or 'fro', got {normalize!r}")
+    if side not in ("left", "right"):
+        raise ValueError(f"side: expected 'left' or 'right', got {side!r}")
+    store = SubspaceStore()
+    for name, moments in covariances.items():
+        parts: dict[str, Covariance] = {side: moments} if isinstance(moments, Covariance) else {}
+        if isinstance(moments, PromptCovariance):
+            parts = {"left": moments.left, "right": moments.right}
+        projectors: dict[str, Projector] = {}
+        notes: dict[str, float] = {}
+        for which, part in parts.items():
+            use_left = which == "left" and side == "right"
+            chosen = left_rule if use_left and left_rule is not None else rule
+            share = left_mix if use_left and left_mix is not None else mix
+            label = f"{name} ({which})"
+            values, vectors = _spectrum(label, part.matrix)
+            rank = _protected(label, chosen, values, part.count)
+            form = Form(vectors[:, :rank], share, normalize == "fro")
+            like = part.matrix if dtype is None else part.matrix.to(dtype)
+            projectors[which] = freed(label, form, like, on_full)
+            total = float(values.sum())
+            notes[f"{which}_energy"] = float(values[:rank].sum()) / total if total else 0.0
+            floor = torch.finfo(values.dtype).eps * len(values) * float(values[0])
+            notes[f"{which}_condition"] = float(values[0]) / max(float(values[-1]), floor) if total else 1.0
+        store.put(name, Sides(projectors.get("left"), projectors.get("right")), **notes)
+    return store
+
+
+def _spectrum(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in descending order, at least 0, and eigenvectors, in fp64 on the CPU."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise SubspaceMismatchError(f"{name}: expected a covariance [d, d], got shape {tuple(matrix.shape)}")
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise NonFiniteError(f"{name}: {bad} of {matrix.numel()} entries of the covariance are NaN or infinite")
+    error = float((matrix - matrix.mT).abs().max()) if matrix.numel() else 0.0
+    if error > 1e-6 * float(matrix.abs().max()):
+        raise SubspaceMismatchError(f"{name}: the covariance is not symmetric (by up to {error:.3e})")
+    values, vectors = ops.symmetric_eigh(matrix)
+    return values.to("cpu", torch.float64).clamp_min(0), vectors.to("cpu", torch.float64)
+
+
+def _protected(name: str, rule: Rule, values: Tensor, count: float) -> int:
+    if not float(values[0]) > 0:
+        warnings.warn(f"{name}: no row had any energy (a dead layer?), all of it stays free", stacklevel=3)
+        return 0
+    rank = rule.protected(values)
+    if count < 4 * rank:
+        warnings.warn(
+            f"{name}: {count:g} rows are few for {rank} protected directions (fewer than 4 each); collect more",
+            stacklevel=3,
+        )
+    return rank
