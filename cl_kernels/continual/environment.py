@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from cl_kernels._version import __version__
+from cl_kernels.errors import BackendUnavailableError
 
 __all__ = ["environment", "pick_device", "pick_precision"]
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where a kernel runs on it. Raises `ValueError` or `RuntimeError`."""
+    """The device called `name`; "auto" is CUDA where a kernel runs on it. Raises `ValueError` or
+    `BackendUnavailableError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -23,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: cuda was asked for, but torch sees no CUDA device; use device='cpu'")
+        raise BackendUnavailableError("device: cuda was asked for, but torch sees no CUDA device; use device='cpu'")
     return device
 
 
