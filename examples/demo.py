@@ -9,6 +9,7 @@ goes on from its checkpoint. All settings are in demo.toml beside this file.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -98,7 +99,8 @@ def execute(jobs: Sequence[Job], processes: int, console: Any) -> tuple[list[dic
 def _outcomes(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(index, results or reason of failure) as they finish."""
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
-    with ProcessPoolExecutor(max_workers=min(processes, len(jobs)), mp_context=context) as pool:
+    workers = min(processes, len(jobs))
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_no_bars) as pool:
         waiting: dict[Future[dict[str, Any]], int] = {pool.submit(work, job): i for i, job in enumerate(jobs)}
         try:
             for future in as_completed(waiting):
@@ -109,6 +111,17 @@ def _outcomes(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, dict[s
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+class _Plain(io.TextIOBase):
+    """stderr that says it is no terminal, so that runs side by side draw no progress bars over each other."""
+
+    def write(self, text: str) -> int:
+        return sys.__stderr__.write(text) if sys.__stderr__ is not None else len(text)
+
+
+def _no_bars() -> None:
+    sys.stderr = _Plain()
 
 
 def work(job: Job) -> dict[str, Any]:

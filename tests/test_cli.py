@@ -54,7 +54,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[continual.RunConfig]:
             "average_accuracy": 0.75, "forgetting": 0.2, "config": config.as_json(),
         }  # fmt: skip
 
-    monkeypatch.setattr(continual, "run", run, raising=False)
+    monkeypatch.setattr(continual, "run", run)
     return seen
 
 
@@ -196,6 +196,8 @@ def test_hostile_config_files(command: Run, configs: list[Any], tmp_path: Path, 
         (NonFiniteError("loss is NaN in task 2, step 7; last good checkpoint: x"), 1),
         (SolverError("all rungs failed"), 1),
         (RuntimeError("first line\nsecond line"), 1),
+        (FileExistsError("out: x holds a run already; resume it, or overwrite it"), 2),
+        (FileNotFoundError("data 'x.npz': there is no such file or folder"), 2),
         (FileNotFoundError(2, "No such file or directory", "pics"), 1),
         (OSError(28, "No space left on device", "out"), 1),
         (KeyboardInterrupt(), 1),
@@ -207,12 +209,24 @@ def test_errors_become_one_line_and_a_code(
     def fail(config: continual.RunConfig) -> None:
         raise error
 
-    monkeypatch.setattr(continual, "run", fail, raising=False)
+    monkeypatch.setattr(continual, "run", fail)
     got, out, err = command("train", "linear", "--out", str(tmp_path))
     assert (got, out) == (code, "")
     said = one_line(err)
-    words = [error.strerror, error.filename] if isinstance(error, OSError) else str(error).split()
+    words = [error.strerror, error.filename] if isinstance(error, OSError) and error.errno else str(error).split()
     assert all(str(word) in said for word in words)
+
+
+def test_a_run_that_sigterm_ends_is_no_failure(
+    command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    def stop(config: continual.RunConfig) -> None:
+        raise continual.RunStopped("stopped by SIGTERM; resume continues")
+
+    monkeypatch.setattr(continual, "run", stop)
+    code, _, err = command("train", "linear", "--out", str(tmp_path))
+    assert code == 0
+    assert one_line(err) == "stopped by SIGTERM; resume continues"
 
 
 def test_debug_shows_the_traceback(

@@ -34,6 +34,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _errors.tell_warning
         try:
             return _app.invoke(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as stop:  # a run that SIGTERM ended, its checkpoint saved
+            if isinstance(stop.code, int):
+                _errors.tell(str(stop))
+                return stop.code
+            raise
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("CL_KERNELS_DEBUG") == "1":
                 traceback.print_exc()

@@ -20,6 +20,8 @@ def code(error: BaseException) -> int:
         return NO_BACKEND
     if isinstance(error, (SubspaceError, SubspaceMismatchError, UnicodeError)):
         return FAILED
+    if isinstance(error, (FileExistsError, FileNotFoundError)) and error.errno is None:
+        return BAD_USAGE  # the package's own: --out holds a run already, --data names nothing
     # ValueError and TypeError are what the package raises for arguments; click's usage errors carry their own code 2
     if isinstance(error, (ValueError, TypeError)) or getattr(error, "exit_code", None) == BAD_USAGE:
         return BAD_USAGE
