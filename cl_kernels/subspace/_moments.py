@@ -21,12 +21,13 @@ class Covariance:
 
     `matrix` is a sum, so that tasks accumulate by addition; ``matrix / count`` is the second moment of a row. With
     weighting "batches" it is a sum of per-batch means and `count` is the number of batches. With `centred` collection
-    it is the sum of (x - mean)(x - mean)^T.
+    it is the sum of (x - mean)(x - mean)^T. `rows` is the number of rows whatever the weighting, 0 if unknown.
     """
 
     matrix: Tensor
     count: float
     mean: Tensor
+    rows: int = 0
 
     def merge(self, other: Covariance) -> Covariance:
         """Both together. Raises `SubspaceMismatchError` for another dimension."""
@@ -36,12 +37,12 @@ class Covariance:
             )
         count = self.count + other.count
         mean = (self.count * self.mean + other.count * other.mean) / count if count else self.mean
-        return Covariance(self.matrix + other.matrix, count, mean)
+        return Covariance(self.matrix + other.matrix, count, mean, self.rows + other.rows)
 
 
 @dataclass(frozen=True, eq=False)
 class PromptCovariance:
-    """What one prompted block protects: `left` [M, M] of the softmax mass, `right` [D, D] of query x key-weight rows."""
+    """What one prompted block protects: `left` [M, M] of the softmax mass, `right` [D, D] of queries x key weight."""
 
     left: Covariance
     right: Covariance
@@ -56,7 +57,8 @@ class Sums(NamedTuple):
 
     matrix: Tensor
     total: Tensor
-    rows: float
+    weight: float
+    rows: int
     updates: int
     first_bad: int | None
 
@@ -76,12 +78,12 @@ class Sums(NamedTuple):
 
     def covariance(self, centred: bool = False) -> Covariance:
         """What the sums say of [n, n] rows."""
-        mean = self.total / self.rows if self.rows else self.total.clone()
+        mean = self.total / self.weight if self.weight else self.total.clone()
         matrix = self.matrix
-        if centred and self.rows:
-            matrix = matrix - self.rows * torch.outer(mean, mean)
+        if centred and self.weight:
+            matrix = matrix - self.weight * torch.outer(mean, mean)
             matrix = (matrix + matrix.mT) / 2
-        return Covariance(matrix, self.rows, mean)
+        return Covariance(matrix, self.weight, mean, self.rows)
 
 
 class Moments:
@@ -96,6 +98,7 @@ class Moments:
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         self.good = torch.zeros((), dtype=torch.int64, device=device)
         self.count = 0.0
+        self.rows = 0
         self.updates = 0
 
     def update(self, pieces: Iterable[Tensor], count: int, weighting: str) -> None:
@@ -104,6 +107,7 @@ class Moments:
         for piece in pieces:
             self._add(piece, alpha)
         self.count += alpha * count
+        self.rows += count
         self.updates += 1
         self.good.add_(torch.isfinite(self.total.sum()))  # NaN and infinity stay in a sum: good counts up to the first
 
@@ -124,7 +128,7 @@ class Moments:
         """A copy of the sums; waits for the device."""
         good = int(self.good)
         bad = None if good == self.updates else good
-        return (Sums(self.matrix.clone(), self.total.clone(), self.count, self.updates, bad),)
+        return (Sums(self.matrix.clone(), self.total.clone(), self.count, self.rows, self.updates, bad),)
 
 
 class unguarded:

@@ -61,9 +61,9 @@ def _reduce_bucket(bucket: list[Sums], group: dist.ProcessGroup) -> list[Sums]:
 
 
 def _packed(item: Sums) -> Tensor:
-    """[count, updates, total ..., lower triangles ...] in fp64."""
+    """[weight, rows, updates, total ..., lower triangles ...] in fp64."""
     rows, columns = torch.tril_indices(item.matrix.shape[-1], item.matrix.shape[-1], device=item.matrix.device)
-    counts = torch.tensor([item.rows, item.updates], dtype=torch.float64, device=item.matrix.device)
+    counts = torch.tensor([item.weight, item.rows, item.updates], dtype=torch.float64, device=item.matrix.device)
     triangle = item.matrix[..., rows, columns].double().flatten()
     return torch.cat((counts, item.total.double().flatten(), triangle))
 
@@ -71,10 +71,10 @@ def _packed(item: Sums) -> Tensor:
 def _unpacked(flat: Tensor, like: Sums) -> Sums:
     n = like.matrix.shape[-1]
     rows, columns = torch.tril_indices(n, n, device=flat.device)
-    counts, total, triangle = flat.split([2, like.total.numel(), flat.numel() - 2 - like.total.numel()])
+    counts, total, triangle = flat.split([3, like.total.numel(), flat.numel() - 3 - like.total.numel()])
     matrix = torch.empty_like(like.matrix)
     values = triangle.reshape(*like.matrix.shape[:-2], -1).to(matrix)
     matrix[..., rows, columns] = values
     matrix[..., columns, rows] = values
-    number, updates = counts.tolist()
-    return Sums(matrix, total.reshape(like.total.shape).to(like.total), number, int(updates), None)
+    weight, number, updates = counts.tolist()
+    return Sums(matrix, total.reshape(like.total.shape).to(like.total), weight, int(number), int(updates), None)

@@ -63,7 +63,7 @@ def build_store(
             share = left_mix if use_left and left_mix is not None else mix
             label = f"{name} ({which})"
             values, vectors = _spectrum(label, part.matrix)
-            rank = _protected(label, chosen, values, part.count)
+            rank = _protected(label, chosen, values, part.rows)
             form = Form(vectors[:, :rank], share, normalize == "fro")
             like = part.matrix if dtype is None else part.matrix.to(dtype)
             projectors[which] = freed(label, form, like, on_full)
@@ -89,14 +89,14 @@ def _spectrum(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to("cpu", torch.float64).clamp_min(0), vectors.to("cpu", torch.float64)
 
 
-def _protected(name: str, rule: Rule, values: Tensor, count: float) -> int:
+def _protected(name: str, rule: Rule, values: Tensor, rows: int) -> int:
     if not float(values[0]) > 0:
         warnings.warn(f"{name}: no row had any energy (a dead layer?), all of it stays free", stacklevel=3)
         return 0
     rank = rule.protected(values)
-    if count < 4 * rank:
+    if 0 < rows < 4 * rank:
         warnings.warn(
-            f"{name}: {count:g} rows are few for {rank} protected directions (fewer than 4 each); collect more",
+            f"{name}: {rows} rows are few for {rank} protected directions (fewer than 4 each); collect more",
             stacklevel=3,
         )
     return rank

@@ -52,8 +52,8 @@ def tangent_update(update: Tensor, prompts: Tensor, right: Projector, left: Proj
     X_i - (X_i . n_i / |n_i|^2) n_i. The result stays within the ranges of both projectors, and sigma changes in second
     order only.
 
-    update and prompts [..., M, D]; `right` and `left` unnormalised and unmixed (identity = span = 1), `right` built from
-    a folded matrix. Cost: one product with B and an [M, M] pseudo-inverse in fp64.
+    update and prompts [..., M, D]; `right` and `left` unnormalised and unmixed (eigenvalues 0 and 1), `right` built
+    from a folded matrix. Cost: one product with B and an [M, M] pseudo-inverse in fp64.
     """
     _same_shape(update, prompts)
     x, centred = update.double(), _centred(prompts)
@@ -72,17 +72,17 @@ def tangent_update(update: Tensor, prompts: Tensor, right: Projector, left: Proj
 def sphere_update(update: Tensor, prompts: Tensor, right: Projector) -> Tensor:
     """The projected update X = u B followed by a rotation within B's range that keeps every sigma exactly.
 
-    c_i' = (I - B) c_i + |B c_i| / |B c_i + x_i| (B c_i + x_i). Exact for the affinity at any step size; its rescaling of
-    rows leaves the range of a left projector, so it goes with a right one only. Same shapes as `tangent_update`.
+    c_i' = (I - B) c_i + |B c_i| / |B c_i + x_i| (B c_i + x_i). Exact for the affinity at any step size; its rescaling
+    of rows leaves the range of a left projector, so it goes with a right one only. Same shapes as `tangent_update`.
     """
     _same_shape(update, prompts)
     centred = _centred(prompts)
     inside = right.to(torch.float64).apply(centred)
     moved = inside + _centred(update)
-    length = inside.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(
-        torch.finfo(torch.float64).tiny
-    )
-    return (length * moved - inside).to(update.dtype)
+    tiny = torch.finfo(torch.float64).tiny
+    length = inside.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    rotated: Tensor = length * moved - inside
+    return rotated.to(update.dtype)
 
 
 def _centred(x: Tensor) -> Tensor:

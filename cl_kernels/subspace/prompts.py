@@ -85,7 +85,7 @@ def read(name: str, sums: tuple[Sums, ...], key_weight: Tensor, centred: bool) -
     right = ops.expand_head_grams(queries.matrix.double(), weight)
     heads = weight.unflatten(0, queries.total.shape)
     total = torch.einsum("hk,hkd->d", queries.total.double(), heads)
-    expanded = Sums((right + right.mT) / 2, total, queries.rows, queries.updates, None)
+    expanded = Sums((right + right.mT) / 2, total, queries.weight, queries.rows, queries.updates, None)
     return PromptCovariance(mass.covariance(centred), expanded.covariance(centred))
 
 
