@@ -24,6 +24,7 @@ VARIABLES = {
     "CL_KERNELS_NO_CUDA": "1 leaves the CUDA part out of the build",
     "CL_KERNELS_REQUIRE_CUDA": "1 makes a failed CUDA build fatal",
     "CL_KERNELS_STRICT": "1 turns a fallback into an error",
+    "CL_KERNELS_WERROR": "1 makes compiler warnings errors in a build",
 }
 EXTRAS = (
     "numpy",
