@@ -13,6 +13,7 @@
 #include "build_config.h"
 #include "common/abi.h"
 #include "common/simd.h"
+#include "projection.h"
 
 namespace py = pybind11;
 
@@ -45,6 +46,16 @@ py::dict build_info() {
     return info;
 }
 
+// -- projection: the flat lists of projection.h, then the settings of AdamSettings ------------------------------------
+void projected_adam_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
+                        const std::vector<double>& numbers, int dtype, double lr, double beta1, double beta2, double eps,
+                        double weight_decay, bool decoupled, bool project_decay, double grad_factor, int threads) {
+    const py::gil_scoped_release release;
+    const clk::AdamSettings settings{lr, beta1, beta2, eps, weight_decay, decoupled, project_decay, grad_factor};
+    clk::projected_adam_cpu(clk::projected_parameters(pointers, sizes, numbers), static_cast<clk::DType>(dtype), settings,
+                            threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -57,4 +68,6 @@ PYBIND11_MODULE(_C, m) {
         "Use at most this instruction set from now on: 0 base, 1 AVX2, 2 AVX-512.", py::arg("level"));
 
     // Rooms, in the order of architecture: one block each.
+
+    m.def("projected_adam_cpu", &projected_adam_cpu);
 }

@@ -1,0 +1,52 @@
+// The projected Adam step of many parameters: p <- p + P_left u P_right, P = identity I - span V V^T or a dense P.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace clk {
+
+enum class SideForm : int { none = 0, basis = 1, dense = 2 };  // reference.py: NONE, BASIS, DENSE
+
+// One side: a basis [size, rank] or a dense matrix [size, size], strides in elements, one of them 1.
+struct ProjectionSide {
+    SideForm form;
+    const void* matrix;
+    int64_t rank, row_stride, column_stride;
+    double identity, span;
+};
+
+// One parameter, [batch, rows, columns] and contiguous like its gradient and its moments.
+struct ProjectedParameter {
+    void* weight;
+    const void* grad;
+    void* exp_avg;
+    void* exp_avg_sq;
+    void* largest;  // amsgrad; null without
+    float* step;    // counted up by the step; null where the caller counts, `steps` is then the count before it
+    double steps;
+    int64_t batch, rows, columns;
+    ProjectionSide left, right;
+};
+
+struct AdamSettings {
+    double lr, beta1, beta2, eps, weight_decay;
+    bool decoupled, project_decay;
+    double grad_factor;  // -1 for maximize, divided by the gradient scale where the host knows it
+};
+
+// Parameters from flat lists, as Python passes them: for each one kPointers addresses (weight, grad, exp_avg, exp_avg_sq,
+// largest, step, left, right), kSizes integers (batch, rows, columns, then form, rank, row stride, column stride of the
+// left and of the right side) and kNumbers values (identity and span, left and right, and the steps so far).
+inline constexpr int64_t kPointers = 8, kSizes = 11, kNumbers = 5;
+std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intptr_t>& pointers,
+                                                     const std::vector<int64_t>& sizes,
+                                                     const std::vector<double>& numbers);
+
+// All of one element type, f32 or f64. The result does not depend on `threads`. Memory is taken before the first write.
+void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, DType dtype, const AdamSettings& settings,
+                        int threads);
+
+}  // namespace clk
