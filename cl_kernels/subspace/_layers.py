@@ -161,10 +161,8 @@ def in_recomputation() -> bool:
     """Whether this call is activation checkpointing running a forward for the second time.
 
     torch says so only on the call stack: its checkpoint functions are re-entered from `backward` (reentrant) or from
-    `unpack_hook` (not reentrant). Recomputation always has gradients on, so a pass without them never walks the stack.
+    `unpack_hook` (not reentrant). Walking 50 frames takes about 3 us.
     """
-    if not torch.is_grad_enabled():
-        return False
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
