@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it: one thread each, as many processes as cores
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     start = time.monotonic()
     jobs = plan(arguments.settings, arguments.seeds, arguments.out, quick=arguments.quick, only=arguments.only)
     console.print(f"{len(jobs)} runs, {arguments.jobs} at a time; results in {arguments.out}")
@@ -147,6 +147,7 @@ def work(job: Job) -> dict[str, Any]:
 
 def finish(results: list[dict[str, Any]], arguments: argparse.Namespace, seconds: float, console: Any) -> None:
     """Write results.json and report.html, print the tables."""
+    from rich import box
     from rich.table import Table
 
     from cl_kernels.cli.report import write_report
@@ -156,17 +157,20 @@ def finish(results: list[dict[str, Any]], arguments: argparse.Namespace, seconds
     out: Path = arguments.out
     record = {
         "version": 1, "seeds": arguments.seeds, "quick": arguments.quick, "seconds": round(seconds, 1),
-        "processes": arguments.jobs, "environment": results[0].get("environment"), "runs": results,
+        "run_seconds": round(sum(r["seconds"]["total"] for r in results), 1), "processes": arguments.jobs,
+        "environment": results[0].get("environment"), "runs": results,
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(record, indent=1).encode())
     report = write_report(results, out / "report.html")
     for section in sections(results):
-        measures = section.measures()
-        table = Table("method", *(m.title for m in measures), title=f"{section.title}, mean ± deviation over seeds")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        measures = [m for m in section.measures() if m.key != "seconds"]  # 80 columns hold no more; the report has it
+        console.print(f"\n{section.title} (per cent, mean ± deviation over seeds)", markup=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("method", no_wrap=True)
+        for measure in measures:
+            table.add_column(measure.short, justify="right", no_wrap=True)
         for group in section.groups:
-            table.add_row(group.label, *(m.text(group.spread(m)) for m in measures))
+            table.add_row(group.label, *(m.text(group.spread(m)).replace(" ± ", "±") for m in measures))
         console.print(table)
     minutes, rest = divmod(round(seconds), 60)
     console.print(f"{len(results)} runs in {minutes} min {rest} s. Report: {report}", markup=False, soft_wrap=True)

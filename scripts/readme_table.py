@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ def block(record: dict[str, Any]) -> str:
         parts += [*sentences, ""] if sentences else []
     machine = record.get("environment") or {}
     facts = [f"{key} {machine[key]}" for key in ("torch", "device") if key in machine]
-    parts.append(f"{len(runs)} runs, {_minutes(record)}on {record['processes']} processes ({', '.join(facts)}).")
+    minutes = math.fsum(run["seconds"]["total"] for run in runs) / 60
+    parts.append(f"{len(runs)} runs, {minutes:.1f} minutes of one thread in all ({', '.join(facts)}).")
     return "\n".join(parts)
 
 
@@ -109,11 +111,6 @@ def _ratio(first: Group, second: Group) -> str:
     if mine is None or other is None or other.mean <= 0:
         return ""
     return f" It forgets {mine.mean / other.mean:.2f} times as much."
-
-
-def _minutes(record: dict[str, Any]) -> str:
-    seconds = record.get("seconds")
-    return f"{seconds / 60:.1f} minutes " if isinstance(seconds, int | float) else ""
 
 
 def replaced(text: str, new: str) -> str:

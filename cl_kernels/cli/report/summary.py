@@ -47,6 +47,7 @@ class Measure:
 
     key: str
     title: str
+    short: str
     pick: Callable[[Result], float | None]
     scale: float = 100.0
     digits: int = 1
@@ -69,14 +70,20 @@ def _within(*path: str) -> Callable[[Result], float | None]:
 
 
 MEASURES: tuple[Measure, ...] = (
-    Measure("average_accuracy", "Average accuracy (%)", _within("average_accuracy")),
-    Measure("forgetting", "Forgetting (points)", _within("forgetting"), better="lower"),
-    Measure("task_accuracy", "Task known: accuracy (%)", _within("task_incremental", "average_accuracy")),
+    Measure("average_accuracy", "Average accuracy (%)", "accuracy", _within("average_accuracy")),
+    Measure("forgetting", "Forgetting (points)", "forgetting", _within("forgetting"), better="lower"),
+    Measure("task_accuracy", "Task known: accuracy (%)", "known acc.", _within("task_incremental", "average_accuracy")),
     Measure(
-        "task_forgetting", "Task known: forgetting (points)", _within("task_incremental", "forgetting"), better="lower"
+        "task_forgetting",
+        "Task known: forgetting (points)",
+        "known forg.",
+        _within("task_incremental", "forgetting"),
+        better="lower",
     ),
-    Measure("feature_drift", "Drift of old features", _within("feature_drift", "final_relative"), 1.0, 3, "lower"),
-    Measure("seconds", "Seconds a run", _within("seconds", "total"), 1.0, 1, "lower"),
+    Measure(
+        "feature_drift", "Drift of old features", "drift", _within("feature_drift", "final_relative"), 1.0, 3, "lower"
+    ),
+    Measure("seconds", "Seconds a run", "seconds", _within("seconds", "total"), 1.0, 1, "lower"),
 )
 
 
