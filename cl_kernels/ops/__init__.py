@@ -3,15 +3,25 @@
 from cl_kernels.ops import rules
 from cl_kernels.ops._projector import Projector, Sides
 from cl_kernels.ops._registry import backend, explain, use_backend
+from cl_kernels.ops.covariance import (
+    expand_head_grams,
+    update_covariance_,
+    update_covariances_,
+    update_head_grams_,
+)
 from cl_kernels.ops.projection import project, projected_adam_step_
 
 __all__ = [
     "Projector",
     "Sides",
     "backend",
+    "expand_head_grams",
     "explain",
     "project",
     "projected_adam_step_",
     "rules",
+    "update_covariance_",
+    "update_covariances_",
+    "update_head_grams_",
     "use_backend",
 ]
