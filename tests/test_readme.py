@@ -128,7 +128,8 @@ def test_citation_and_version() -> None:
 def run(label: str, seed: int, accuracy: float, forgetting: float) -> dict[str, Any]:
     return {
         "method": label, "label": label, "title": "a stream", "seed": seed, "average_accuracy": accuracy,
-        "forgetting": forgetting, "accuracy_matrix": [[0.9, None], [0.5, 0.9]], "seconds": {"total": 22.5, "train": [1]},
+        "forgetting": forgetting, "accuracy_matrix": [[0.9, None], [0.5, 0.9]],
+        "seconds": {"total": 22.5, "train": [1]},
         "task_incremental": {"average_accuracy": 0.9, "forgetting": 0.0, "accuracy_matrix": []},
     }  # fmt: skip
 
