@@ -81,7 +81,8 @@ class ProjectedOptimizer(Optimizer):
         return 0 if self._skipped is None else int(self._skipped)
 
     def _refresh(self) -> None:
-        """Before a step: follow changes of the store."""
+        """Before a step: follow changes of the groups and of the store."""
+        _names.settle(self.param_groups)
         if self._store is not None and self._seen != (id(self._store), self._store.version):
             self._adopt(self._store, self._strict, restart=False)
 
@@ -135,6 +136,11 @@ class ProjectedOptimizer(Optimizer):
 
     # -- parameter groups ---------------------------------------------------------------------------------------------
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch, also where a group holds a generator."""
+        _names.settle(self.param_groups)
+        super().zero_grad(set_to_none)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's settings are checked, and it is refused unnamed while a subspace is in force."""
         super().add_param_group(param_group)
@@ -158,6 +164,7 @@ class ProjectedOptimizer(Optimizer):
 
     def state_dict(self, *, include_subspace: bool = False) -> dict[str, Any]:
         """torch's state dict; with a subspace, also its fingerprints by name, and on request its tensors."""
+        _names.settle(self.param_groups)
         state: dict[str, Any] = super().state_dict()
         if self._store is not None and (keys := list(self._store.keys())):
             state["subspace"] = {"fingerprints": {name: self._store.fingerprint(name) for name in keys}}

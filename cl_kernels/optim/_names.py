@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["canonical", "grouped", "named", "rebind"]
+__all__ = ["canonical", "grouped", "named", "rebind", "settle"]
 
 
 def canonical(name: str) -> str:
@@ -26,10 +26,16 @@ def named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
 
 def grouped(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:
     """Every parameter of the optimizer, read anew: toolboxes edit the groups at any time."""
+    settle(param_groups)
+    for group in param_groups:
+        yield from group["params"]
+
+
+def settle(param_groups: list[dict[str, Any]]) -> None:
+    """Make lists of what others put into groups: PILOT puts a generator there, which can be read once."""
     for group in param_groups:
         if not isinstance(group["params"], (list, tuple)):
-            group["params"] = list(group["params"])  # PILOT puts a generator there, good for one pass only
-        yield from group["params"]
+            group["params"] = list(group["params"])
 
 
 def rebind(

@@ -52,14 +52,14 @@ class FrozenStore:
             digest = hashlib.blake2b(digest_size=16)
             for side in self._sides[name]:
                 for field in side or (None,):
-                    value = (
-                        field.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                        if isinstance(field, Tensor) and field.numel()
-                        else repr(field).encode()
-                    )
-                    digest.update(value)
+                    digest.update(_bytes(field) if isinstance(field, Tensor) else repr(field).encode())
             self._fingerprints[name] = digest.hexdigest()
         return self._fingerprints[name]
+
+
+def _bytes(value: Tensor) -> bytes:
+    flat = value.detach().cpu().reshape(-1)
+    return f"{tuple(value.shape)}{value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
 
 
 def as_store(value: Any) -> Store | None:
