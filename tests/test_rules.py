@@ -58,7 +58,7 @@ def test_cut_does_not_depend_on_length_until_the_curve_is_too_short(n, cut):
 
 
 def test_v1_ties_are_refused_by_default_and_named():
-    with pytest.raises(ValueError, match="run of 668 equal eigenvalues .* would free only 1 directions"):
+    with pytest.raises(ValueError, match=r"run of 668 equal eigenvalues .* would free only 1 directions"):
         Knee().protected(TIED)
     assert Knee(ties="last").protected(TIED) == 767  # the repository's artefact
     assert Knee(ties="first").protected(TIED) == 100

@@ -9,6 +9,7 @@ from cl_kernels.ops.covariance import (
     update_covariances_,
     update_head_grams_,
 )
+from cl_kernels.ops.null_space import null_space_projector, symmetric_eigh
 from cl_kernels.ops.projection import project, projected_adam_step_
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "backend",
     "expand_head_grams",
     "explain",
+    "null_space_projector",
     "project",
     "projected_adam_step_",
     "rules",
+    "symmetric_eigh",
     "update_covariance_",
     "update_covariances_",
     "update_head_grams_",
