@@ -23,7 +23,7 @@ bench:  ## every benchmark of this machine's devices
 	$(VENV) benchmarks/run_all.py --out bench-out
 
 gpu:  ## on a machine with a GPU, offline: build, GPU tests, sanitizer, benchmarks; JSON in OUT
-	$(PYTHON) benchmarks/run_gpu.py --out $(OUT)
+	$(if $(wildcard $(VENV)),$(VENV),$(PYTHON)) benchmarks/run_gpu.py --out $(OUT)
 
 native:  ## rebuild the native module in place, incrementally; warnings are errors
 	CL_KERNELS_WERROR=1 $(if $(wildcard $(VENV)),$(VENV),$(PYTHON)) setup.py -q build_ext --inplace

@@ -1,1 +1,1 @@
-"""Timings of each room; ``cl_kernels.benchmarks`` once installed. Run one as ``python -m cl_kernels.benchmarks.bench_X``."""
+"""Timings of each room, ``cl_kernels.benchmarks`` once installed: ``python -m cl_kernels.benchmarks.bench_X``."""
