@@ -258,6 +258,21 @@ def test_without_typer_the_install_line_is_printed(command: Run, monkeypatch: py
     assert 'pip install "cl-kernels[cli]"' in one_line(err)
 
 
+def test_a_run_that_never_starts_leaves_no_folder(
+    command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    def fail(config: continual.RunConfig) -> None:
+        (Path(str(config.out)) / "checkpoints").mkdir(parents=True)
+        if config.seed:
+            (Path(str(config.out)) / "checkpoints" / "last.safetensors").touch()
+        raise ValueError("data: unknown")
+
+    monkeypatch.setattr(continual, "run", fail)
+    assert command("train", "linear", "--out", str(tmp_path / "a"))[0] == 2
+    assert command("train", "linear", "--seed", "1", "--out", str(tmp_path / "b"))[0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
 def test_the_program_ends_with_the_code() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cl_kernels.cli", "train", "--taks", "1"], capture_output=True, text=True, timeout=60

@@ -158,6 +158,7 @@ def test_inspect_a_run_checkpoint(command: Run, tmp_path: Path) -> None:
     report = {"prompts.0": {"right": {"dim": 128, "protected": 9, "gain": 0.1, "energy": 0.8}}}
     tree = {"position": {"task": 2, "epoch": 0}, "steps": 99, "method": {"own": {"report": report}}, "x": torch.ones(3)}
     checkpoint.save_atomically(path, tree, fingerprint="abc")
+    assert [t["name"] for t in examine(path)["tensors"]] == ["x"]
     code, out, _ = command("inspect", str(path))
     assert code == 0
     for text in ("cl_kernels.run", "position.task", "99", "prompts.0", "128", "80.0%"):

@@ -42,6 +42,8 @@ def examine(path: Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    from cl_kernels.continual import checkpoint
+
     refuse_pickles(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -50,13 +52,14 @@ def examine(path: Path) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     kind = metadata.get("format") or ("backbone" if "architecture" in metadata else "safetensors")
+    names = _paths(json.loads(metadata["tree"])) if kind == checkpoint.FORMAT and "tree" in metadata else {}
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "kind": kind,
         "metadata": metadata,
         "parameters": sum(value.numel() for value in tensors.values()),
-        "tensors": [_tensor(name, value) for name, value in tensors.items()],
+        "tensors": [_tensor(names.get(name, name), value) for name, value in tensors.items()],
         **_by_kind(kind, path, metadata),
     }
 
@@ -88,6 +91,20 @@ def _by_kind(kind: str, path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         tree = checkpoint.load(path, fingerprint=metadata.get("fingerprint", ""), device=torch.device("cpu"))
         return {"run": _scalars(tree), "layers": _reported(tree)}
     return {}
+
+
+def _paths(node: Any, path: str = "") -> dict[str, str]:
+    """Where in a checkpoint's tree each of its numbered tensors stands, such as method.parameters.prompts.0."""
+    if not isinstance(node, dict):
+        return {}
+    ((kind, body),) = node.items()
+    if kind == "tensor":
+        return {body: path.removeprefix(".")}
+    children = body if kind == "dict" else enumerate(body)
+    found: dict[str, str] = {}
+    for name, child in children:
+        found.update(_paths(child, f"{path}.{name}"))
+    return found
 
 
 def _scalars(tree: Any) -> dict[str, Any]:

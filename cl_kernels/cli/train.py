@@ -1,5 +1,6 @@
 """`cl-kernels train`: one method on one stream of tasks, from the command line or a TOML file."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,9 +78,23 @@ def _execute(given: dict[str, Any], file: Path | None, options: list[str], plot:
     config = _options.run_config(given, file, options)
     if plot and not charts.available():
         raise BackendUnavailableError('--plot needs matplotlib, which is not installed: pip install "cl-kernels[plot]"')
-    results = continual.run(config)
-    report = write_report([results], Path(str(config.out)) / "report.html", plot=plot)
+    out = Path(str(config.out))
+    new = not out.exists()
+    try:
+        results = continual.run(config)
+    except BaseException:
+        if new:
+            _remove_empty(out)
+        raise
+    report = write_report([results], out / "report.html", plot=plot)
     _show(results, report)
+
+
+def _remove_empty(out: Path) -> None:
+    """A run that ended before its first checkpoint leaves no folders behind, unless something is in them."""
+    for folder in (out / "checkpoints", out):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _show(results: dict[str, Any], report: Path) -> None:
