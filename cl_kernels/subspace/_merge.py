@@ -12,7 +12,7 @@ from cl_kernels.errors import SubspaceError, SubspaceMismatchError
 from cl_kernels.ops import Projector
 from cl_kernels.subspace._algebra import Form, form_of, from_form, union
 
-__all__ = ["OnFull", "freed", "merged"]
+__all__ = ["OnFull", "check_on_full", "freed", "merged"]
 
 OnFull = Literal["freeze", "raise", "relax"]
 
@@ -39,6 +39,12 @@ def merged(
     wide = ours.basis.dtype == theirs.basis.dtype == torch.float64
     bound = tolerance if tolerance is not None else (1e-7 if wide else 1e-4)
     return freed(name, Form(union(a.protected, b.protected, bound), a.mix, normalized), ours.basis, on_full)
+
+
+def check_on_full(on_full: str) -> None:
+    """Raise `ValueError` for a word that `OnFull` does not have."""
+    if on_full not in ("freeze", "raise", "relax"):
+        raise ValueError(f"on_full: expected 'freeze', 'raise' or 'relax', got {on_full!r}")
 
 
 def freed(name: str, form: Form, like: Tensor, on_full: OnFull) -> Projector:

@@ -14,7 +14,7 @@ from cl_kernels.errors import NonFiniteError, SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
 from cl_kernels.ops.rules import Rule
 from cl_kernels.subspace._algebra import Form
-from cl_kernels.subspace._merge import OnFull, freed
+from cl_kernels.subspace._merge import OnFull, check_on_full, freed
 from cl_kernels.subspace._moments import Covariance, PromptCovariance
 from cl_kernels.subspace.store import SubspaceStore
 
@@ -50,33 +50,36 @@ def build_store(
         raise ValueError(f"normalize: expected None or 'fro', got {normalize!r}")
     if side not in ("left", "right"):
         raise ValueError(f"side: expected 'left' or 'right', got {side!r}")
+    check_on_full(on_full)
     store = SubspaceStore()
     for name, moments in covariances.items():
-        parts: dict[str, Covariance] = {side: moments} if isinstance(moments, Covariance) else {}
-        if isinstance(moments, PromptCovariance):
-            parts = {"left": moments.left, "right": moments.right}
         projectors: dict[str, Projector] = {}
         notes: dict[str, float] = {}
+        parts = {side: moments} if isinstance(moments, Covariance) else {"left": moments.left, "right": moments.right}
         for which, part in parts.items():
-            use_left = which == "left" and side == "right"
-            chosen = left_rule if use_left and left_rule is not None else rule
-            share = left_mix if use_left and left_mix is not None else mix
+            mine = isinstance(moments, Covariance) or which == "right"
+            chosen, share = (rule, mix) if mine else (left_rule or rule, mix if left_mix is None else left_mix)
             label = f"{name} ({which})"
             values, vectors = _spectrum(label, part.matrix)
             rank = _protected(label, chosen, values, part.rows)
-            form = Form(vectors[:, :rank], share, normalize == "fro")
             like = part.matrix if dtype is None else part.matrix.to(dtype)
-            projectors[which] = freed(label, form, like, on_full)
-            total = float(values.sum())
-            notes[f"{which}_energy"] = float(values[:rank].sum()) / total if total else 0.0
-            floor = torch.finfo(values.dtype).eps * len(values) * float(values[0])
-            notes[f"{which}_condition"] = float(values[0]) / max(float(values[-1]), floor) if total else 1.0
+            projectors[which] = freed(label, Form(vectors[:, :rank], share, normalize == "fro"), like, on_full)
+            notes[f"{which}_energy"], notes[f"{which}_condition"] = _energy_and_condition(values, rank)
         store.put(name, Sides(projectors.get("left"), projectors.get("right")), **notes)
     return store
 
 
+def _energy_and_condition(values: Tensor, rank: int) -> tuple[float, float]:
+    """Share of the trace held by the first `rank` eigenvalues; largest over smallest, which rounding bounds below."""
+    total = float(values.double().sum())
+    if not total:
+        return 0.0, 1.0
+    floor = torch.finfo(values.dtype).eps * len(values) * float(values[0])
+    return float(values[:rank].double().sum()) / total, float(values[0]) / max(float(values[-1]), floor)
+
+
 def _spectrum(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in descending order, at least 0, and eigenvectors, in fp64 on the CPU."""
+    """Eigenvalues in descending order, at least 0, in the matrix' dtype (rules need its rounding), vectors in fp64."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise SubspaceMismatchError(f"{name}: expected a covariance [d, d], got shape {tuple(matrix.shape)}")
     bad = int((~torch.isfinite(matrix)).sum())
@@ -86,7 +89,7 @@ def _spectrum(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
     if error > 1e-6 * float(matrix.abs().max()):
         raise SubspaceMismatchError(f"{name}: the covariance is not symmetric (by up to {error:.3e})")
     values, vectors = ops.symmetric_eigh(matrix)
-    return values.to("cpu", torch.float64).clamp_min(0), vectors.to("cpu", torch.float64)
+    return values.cpu().clamp_min(0), vectors.to("cpu", torch.float64)
 
 
 def _protected(name: str, rule: Rule, values: Tensor, rows: int) -> int:

@@ -15,7 +15,7 @@ from cl_kernels._version import __version__
 from cl_kernels.errors import CheckpointError, NonFiniteError, SubspaceError, SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
 from cl_kernels.subspace import _algebra, _files
-from cl_kernels.subspace._merge import OnFull, merged
+from cl_kernels.subspace._merge import OnFull, check_on_full, merged
 from cl_kernels.subspace._names import checked_name, plain_name
 from cl_kernels.subspace._state import flatten, unflatten
 
@@ -127,8 +127,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         for fp64 bases, 1e-4 below) count once. When nothing stays free, `on_full` freezes the layer with one warning,
         raises `SubspaceError`, or "relax" gives the last direction back. Other sizes: `SubspaceMismatchError`.
         """
-        if on_full not in ("freeze", "raise", "relax"):
-            raise ValueError(f"on_full: expected 'freeze', 'raise' or 'relax', got {on_full!r}")
+        check_on_full(on_full)
         both: dict[str, Sides] = {}
         for name, value in other.items():
             plain, theirs = checked_name(name), Sides.of(value)
