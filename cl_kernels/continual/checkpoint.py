@@ -57,7 +57,9 @@ def load(path: Path, *, fingerprint: str, device: torch.device) -> Tree:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             _check(path, metadata, fingerprint)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+            # Copies: torch's own allocations are aligned to 64 bytes, those of the file are not, and BLAS sums in another
+            # order on memory of another alignment. A resumed run would then differ in the last bits.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
         return _unpack(json.loads(metadata["tree"]), tensors, device)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(

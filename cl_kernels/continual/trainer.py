@@ -81,9 +81,10 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate one method on one stream; return (and write) the results that `RunConfig` documents.
 
-    With `config.out`: results.json and metrics.jsonl there, checkpoints/last.safetensors after every task and as often
-    as asked within one. `config.resume` goes on from it, bit for bit on the same machine. `data` and `backbone` replace
-    what the configuration names (it must still name them). Global random states and thread counts are put back.
+    With `config.out`: results.json, metrics.jsonl and the method's subspace.safetensors, checkpoints/last.safetensors
+    after every task and as often as asked within one. `config.resume` goes on from it, bit for bit on the same machine.
+    `data` and `backbone` replace what the configuration names (it must still name them). Global random states and
+    thread counts are put back.
 
     Raises `ValueError` for names and values that do not fit, `OSError` when `out` cannot be written (before training
     starts, or while saving: the previous checkpoint stays), `CheckpointError` for a checkpoint that is damaged or of
@@ -135,6 +136,9 @@ class _Trainer:
         self.record.total_seconds += self._lap()
         found = results(self.record, self.session)
         if self.results_path is not None:
+            store = getattr(self.method, "store", None)
+            if store is not None:
+                store.save(self.results_path.with_name("subspace.safetensors"))
             checkpoint.write_atomically(self.results_path, json.dumps(found, indent=1).encode())
         return found
 
