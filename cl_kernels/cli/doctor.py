@@ -21,6 +21,7 @@ VARIABLES = {
     "CL_KERNELS_CUDA_ARCHS": "architectures to build for",
     "CL_KERNELS_DATA": "folder of data sets",
     "CL_KERNELS_DEBUG": "1 shows tracebacks on the command line",
+    "CL_KERNELS_DUMP": "folder for matrices that no eigensolver could handle",
     "CL_KERNELS_NO_CUDA": "1 leaves the CUDA part out of the build",
     "CL_KERNELS_REQUIRE_CUDA": "1 makes a failed CUDA build fatal",
     "CL_KERNELS_STRICT": "1 turns a fallback into an error",
@@ -147,7 +148,8 @@ def show(facts: dict[str, Any]) -> None:
     )
     console.print(plain)
     title = f"Self-test, backend {facts['backend']!r}: the first line of an operation and device is what runs"
-    table = _console.table("operation", "device", "implementation", "error", "", title=title)
+    console.print(f"\n{title}", markup=False)
+    table = _console.table("operation", "device", "implementation", "error", "")
     for test in facts["self_test"]:
         error = "-" if test["error"] is None else f"{test['error']:.0e}"
         table.add_row(test["op"], test["device"], test["backend"], error, "ok" if test["ok"] else "FAILED")

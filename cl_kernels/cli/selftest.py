@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels import ops
-from cl_kernels.ops import _registry, rules
+from cl_kernels.ops import _registry
 
 Case = Callable[[torch.device, torch.dtype], Tensor]
 
@@ -104,14 +104,10 @@ def _expand(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _spd(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A covariance whose spectrum falls by 1.5 a step, so that eight protected directions are well separated."""
+    """A covariance whose spectrum falls by 1.5 a step, so that its directions are well separated."""
     q, _ = torch.linalg.qr(_normal((32, 32), 5, torch.device("cpu"), torch.float64))
     cov = (q * 1.5 ** -torch.arange(32.0, dtype=torch.float64)) @ q.mT
     return ((cov + cov.mT) / 2).to(device, dtype)
-
-
-def _null_space(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return ops.null_space_projector(_spd(device, dtype), rules.Rank(8), mix=0.95, normalize="fro").matrix()
 
 
 def _eigh(device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -146,7 +142,6 @@ CASES: dict[str, Case] = {
     "update_covariances_": _covariances,
     "update_head_grams_": _head_grams,
     "expand_head_grams": _expand,
-    "null_space_projector": _null_space,
     "symmetric_eigh": _eigh,
     "project": _project,
     "projected_adam_step_": _adam,
