@@ -7,12 +7,15 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
 #include "build_config.h"
 #include "common/abi.h"
 #include "common/simd.h"
+#include "common/tensor_view.h"
+#include "covariance.h"
 #include "projection.h"
 
 namespace py = pybind11;
@@ -46,14 +49,27 @@ py::dict build_info() {
     return info;
 }
 
+// -- covariance: each problem is the fields of GramProblem in their order ---------------------------------------------
+void update_grams(const std::vector<std::array<int64_t, 13>>& fields, double alpha, double beta, int threads) {
+    const py::gil_scoped_release release;
+    std::vector<clk::GramProblem> problems;
+    for (const auto& f : fields) {
+        const auto dtype = [](int64_t code) { return static_cast<clk::DType>(code); };
+        problems.push_back({clk::pointer<void>(f[0]), f[1], dtype(f[2]), f[3], clk::pointer<void>(f[4]), dtype(f[5]),
+                            f[6], f[7], f[8], f[9], f[10], clk::pointer<void>(f[11]), clk::pointer<double>(f[12])});
+    }
+    clk::update_grams(problems, alpha, beta, threads);
+}
+
 // -- projection: the flat lists of projection.h, then the settings of AdamSettings ------------------------------------
 void projected_adam_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
-                        const std::vector<double>& numbers, int dtype, double lr, double beta1, double beta2, double eps,
-                        double weight_decay, bool decoupled, bool project_decay, double grad_factor, int threads) {
+                        const std::vector<double>& numbers, int dtype, double lr, double beta1, double beta2,
+                        double eps, double weight_decay, bool decoupled, bool project_decay, double grad_factor,
+                        int threads) {
     const py::gil_scoped_release release;
     const clk::AdamSettings settings{lr, beta1, beta2, eps, weight_decay, decoupled, project_decay, grad_factor};
-    clk::projected_adam_cpu(clk::projected_parameters(pointers, sizes, numbers), static_cast<clk::DType>(dtype), settings,
-                            threads);
+    clk::projected_adam_cpu(clk::projected_parameters(pointers, sizes, numbers), static_cast<clk::DType>(dtype),
+                            settings, threads);
 }
 
 }  // namespace
@@ -69,5 +85,6 @@ PYBIND11_MODULE(_C, m) {
 
     // Rooms, in the order of architecture: one block each.
 
+    m.def("update_grams", &update_grams);
     m.def("projected_adam_cpu", &projected_adam_cpu);
 }

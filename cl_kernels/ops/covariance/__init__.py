@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from cl_kernels.ops import _checks, _registry
-from cl_kernels.ops.covariance import reference
+from cl_kernels.ops.covariance import cpu, reference
 
 __all__ = ["expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
 
@@ -196,6 +196,7 @@ _COVARIANCE = _registry.define(
     "(Tensor(a!) cov, Tensor x, Tensor(b!)? total, Tensor(c!)? count, Tensor? weight, float alpha, float beta) -> ()",
     reference=reference.update_covariance_,
     fake=_writes_only,
+    native_cpu=cpu.update_covariance_,
 )
 _COVARIANCES = _registry.define(
     "update_covariances_",
@@ -203,12 +204,14 @@ _COVARIANCES = _registry.define(
     "float beta) -> ()",
     reference=reference.update_covariances_,
     fake=_writes_only,
+    native_cpu=cpu.update_covariances_,
 )
 _HEAD_GRAMS = _registry.define(
     "update_head_grams_",
     "(Tensor(a!) grams, Tensor q, float alpha, float beta) -> ()",
     reference=reference.update_head_grams_,
     fake=_writes_only,
+    native_cpu=cpu.update_head_grams_,
 )
 _EXPAND = _registry.define(
     "expand_head_grams",

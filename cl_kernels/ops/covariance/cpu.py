@@ -29,8 +29,9 @@ def update_covariance_(
     alpha: float,
     beta: float,
 ) -> None:
+    refuse_shared_memory({"cov": [cov], "total": [total], "count": [count]}, {"x": [x], "weight": [weight]})
     totals, counts, weights = ([] if value is None else [value] for value in (total, count, weight))
-    update_covariances_([cov], [x], totals, counts, weights, alpha, beta)
+    _update_([cov], [x], totals, counts, weights, alpha, beta)
 
 
 def update_covariances_(
@@ -43,6 +44,23 @@ def update_covariances_(
     beta: float,
 ) -> None:
     refuse_shared_memory({"covs": covs, "totals": totals, "counts": counts}, {"xs": xs, "weights": weights})
+    _update_(covs, xs, totals, counts, weights, alpha, beta)
+
+
+def update_head_grams_(grams: Tensor, q: Tensor, alpha: float, beta: float) -> None:
+    refuse_shared_memory({"grams": [grams]}, {"q": [q]})
+    _update_(list(grams.unbind(0)), list(q.unbind(1)), [], [], [], alpha, beta)
+
+
+def _update_(
+    covs: list[Tensor],
+    xs: list[Tensor],
+    totals: list[Tensor],
+    counts: list[Tensor],
+    weights: list[Tensor],
+    alpha: float,
+    beta: float,
+) -> None:
     updates = [
         _Update(cov, xs[i], weights[i] if weights else None, with_sums=bool(totals)) for i, cov in enumerate(covs)
     ]
@@ -52,18 +70,9 @@ def update_covariances_(
         update.finish()
         if totals:
             scale_(totals[i], beta)
-            totals[i].add_(update.column_sums(), alpha=alpha)
+            update.add_column_sums_(totals[i], alpha)
         if counts:
             add_count_(counts[i], xs[i].shape[:-1].numel(), weights[i] if weights else None, alpha, beta)
-
-
-def update_head_grams_(grams: Tensor, q: Tensor, alpha: float, beta: float) -> None:
-    refuse_shared_memory({"grams": [grams]}, {"q": [q]})
-    updates = [_Update(gram, q[:, head], None, with_sums=False) for head, gram in enumerate(grams)]
-    problems = [problem for update in updates for problem in update.problems]
-    _native.load().update_grams(problems, alpha, beta, torch.get_num_threads())
-    for update in updates:
-        update.finish()
 
 
 class _Update:
@@ -106,11 +115,11 @@ class _Update:
         if self.target is not self.cov:
             self.cov.copy_(self.target)
 
-    def column_sums(self) -> Tensor:
-        assert self.sums is not None  # only asked for when made
+    def add_column_sums_(self, total: Tensor, alpha: float) -> None:
+        if self.sums is not None:
+            total.add_(self.sums, alpha=alpha)
         if self.folded_sums is not None:
-            self.sums += self.folded_sums.view(-1, self.sums.shape[0]).sum(0)
-        return self.sums
+            total.add_(self.folded_sums.view(-1, total.shape[0]).sum(0), alpha=alpha)
 
 
 def _contiguous_weight(weight: Tensor, rows: torch.dtype) -> Tensor:

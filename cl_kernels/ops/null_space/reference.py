@@ -28,7 +28,7 @@ ASYMMETRY: Final = 1e-4  # of the largest entry; TF32 products stay below 1e-5
 JITTER: Final = 1e-12
 PROBES: Final = 16
 # Largest entry of (V^T V - I) Z and of (C V - V L) Z / max |L| for normal Z, at d = 64; rounding grows like sqrt(d).
-# eigh itself leaves at most 4e-6 and 7e-15 at d = 64, 2e-5 and 3e-14 at d = 1536. One wrong entry of twice the tolerance
+# eigh leaves at most 4e-6 and 7e-15 at d = 64, 2e-5 and 3e-14 at d = 1536. One wrong entry of twice the tolerance
 # passes all 16 probes with probability 2e-7.
 TOLERANCE: Final = {torch.float32: 1e-5, torch.float64: 1e-11}
 
