@@ -57,6 +57,7 @@ def render(results: Sequence[Result], *, title: str | None = None, plot: bool | 
         runs=len(results),
         version=__version__,
         charts=draw,
+        quick=any((result.get("config") or {}).get("quick") for result in results),
         sections=[view.section(s, f"s{i}", draw=draw) for i, s in enumerate(found)],
         settings=view.settings(found),
     )

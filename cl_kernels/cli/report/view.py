@@ -60,9 +60,12 @@ Use = tuple[int, int, float | None]
 def subspace_use(result: Result) -> dict[str, list[Use | None]]:
     """Layer (and side, where both are projected) -> after each task (protected directions, all, share of the energy).
 
-    None where nothing was stored yet. Read from `result["subspace"]`, one mapping a task:
+    None where nothing was stored yet; empty for matched-lr, which reports the projectors whose step length it copies and
+    protects nothing. Read from `result["subspace"]`, one mapping a task:
     parameter -> {"left"|"right": {"dim", "protected", "energy"}}.
     """
+    if result["method"] == "matched-lr":
+        return {}
     per_task: list[dict[str, Use]] = []
     for layers in result.get("subspace") or []:
         both = any(len(sides) > 1 for sides in layers.values())
