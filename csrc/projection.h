@@ -37,9 +37,10 @@ struct AdamSettings {
     double grad_factor;  // -1 for maximize, divided by the gradient scale where the host knows it
 };
 
-// Parameters from flat lists, as Python passes them: for each one kPointers addresses (weight, grad, exp_avg, exp_avg_sq,
-// largest, step, left, right), kSizes integers (batch, rows, columns, then form, rank, row stride, column stride of the
-// left and of the right side) and kNumbers values (identity and span, left and right, and the steps so far).
+// Parameters from flat lists, as Python passes them: for each one kPointers addresses (weight, grad, exp_avg,
+// exp_avg_sq, largest, step, left, right), kSizes integers (batch, rows, columns, then form, rank, row stride, column
+// stride of the left and of the right side) and kNumbers values (identity and span, left and right, and the steps so
+// far).
 inline constexpr int64_t kPointers = 8, kSizes = 11, kNumbers = 5;
 std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intptr_t>& pointers,
                                                      const std::vector<int64_t>& sizes,
@@ -48,5 +49,27 @@ std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intp
 // All of one element type, f32 or f64. The result does not depend on `threads`. Memory is taken before the first write.
 void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, DType dtype, const AdamSettings& settings,
                         int threads);
+
+// What a CUDA step reads from the device; each may be null.
+struct StepTensors {
+    const void* lr;
+    bool lr_is_double;
+    const float* grad_scale;
+    const float* found_inf;
+    const double* scales;  // identity and span, left and right, for each parameter
+    bool whole;            // the workspace holds the update alone: the parts for large parameters
+};
+
+// Weights and gradients f32 or bf16, moments f32 or the weights' type, matrices f32. The workspace holds, for each
+// matrix, 2 rows columns + max(rows right rank, left rank columns) floats; `tensors.whole`: rows columns.
+void projected_adam_cuda(const std::vector<ProjectedParameter>& parameters, DType weight, DType moment,
+                         const AdamSettings& settings, const StepTensors& tensors, float* workspace,
+                         std::intptr_t stream);
+void projected_adam_elements_cuda(const std::vector<ProjectedParameter>& parameters, DType weight, DType moment,
+                                  const AdamSettings& settings, const StepTensors& tensors, float* workspace,
+                                  std::intptr_t stream);
+void projected_adam_apply_cuda(const std::vector<ProjectedParameter>& parameters, DType weight,
+                               const AdamSettings& settings, const StepTensors& tensors, float* workspace,
+                               std::intptr_t stream);
 
 }  // namespace clk

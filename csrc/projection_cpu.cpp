@@ -1,9 +1,9 @@
 // Projected Adam step on the CPU: blocks of rows stay in cache from the gradient to the new weight.
 //
-// A block's update u goes through two thin products. Both are C = A B with the rows of B contiguous ("outer" form, which
-// broadcasts A), or C = A B^T with the rows of A and B contiguous ("inner" form, which needs a sum across the vector).
-// A basis is stored one way only; from kPackRows rows on, the other way is copied out once and both products take the
-// outer form. Fewer rows, prompts above all, would spend more on the copy than on the products.
+// A block's update u goes through two thin products. Both are C = A B with the rows of B contiguous ("outer" form,
+// which broadcasts A), or C = A B^T with the rows of A and B contiguous ("inner" form, which needs a sum across the
+// vector). A basis is stored one way only; from kPackRows rows on, the other way is copied out once and both products
+// take the outer form. Fewer rows, prompts above all, would spend more on the copy than on the products.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -20,7 +20,7 @@
 namespace clk {
 namespace {
 
-constexpr int64_t kPackRows = 24;      // measured: the copy costs about what 20 rows save
+constexpr int64_t kPackRows = 24;          // measured: the copy costs about what 20 rows save
 constexpr int64_t kBlockElements = 16384;  // a block of u and its product in 128 KB of float: half of a small L2
 
 template <typename T, int Bytes>
@@ -451,7 +451,8 @@ std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intp
                                                      const std::vector<int64_t>& sizes,
                                                      const std::vector<double>& numbers) {
     const int64_t count = static_cast<int64_t>(pointers.size()) / kPointers;
-    if (pointers.size() != static_cast<size_t>(count * kPointers) || sizes.size() != static_cast<size_t>(count * kSizes) ||
+    if (pointers.size() != static_cast<size_t>(count * kPointers) ||
+        sizes.size() != static_cast<size_t>(count * kSizes) ||
         numbers.size() != static_cast<size_t>(count * kNumbers)) {
         throw std::invalid_argument("projected parameters: lists of different lengths");
     }
@@ -462,7 +463,8 @@ std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intp
         const int64_t* s = sizes.data() + i * kSizes;
         const double* x = numbers.data() + i * kNumbers;
         const auto side = [](std::intptr_t matrix, const int64_t* z, const double* y) {
-            return ProjectionSide{static_cast<SideForm>(z[0]), pointer<const void>(matrix), z[1], z[2], z[3], y[0], y[1]};
+            return ProjectionSide{
+                static_cast<SideForm>(z[0]), pointer<const void>(matrix), z[1], z[2], z[3], y[0], y[1]};
         };
         out.push_back({pointer<void>(p[0]), pointer<const void>(p[1]), pointer<void>(p[2]), pointer<void>(p[3]),
                        pointer<void>(p[4]), pointer<float>(p[5]), x[4], s[0], s[1], s[2], side(p[6], s + 3, x),

@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_kernels.ops import _checks
 from cl_kernels.ops._projector import Projector
 from cl_kernels.ops._registry import define, register_autograd
-from cl_kernels.ops.projection import autograd, native, reference
+from cl_kernels.ops.projection import autograd, cuda, native, reference
 from cl_kernels.ops.projection.reference import BASIS, DENSE, NONE, matrix_shape
 
 __all__ = [
@@ -49,7 +49,7 @@ _step = define(
     reference=reference.projected_adam_step_,
     fake=lambda *_: None,
     native_cpu=native.step_cpu,
-    native_cuda=native.step_cuda,
+    native_cuda=cuda.step_cuda,
 )
 
 

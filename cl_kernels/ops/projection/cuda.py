@@ -1,0 +1,163 @@
+"""The compiled CUDA form of `projected_adam_step_` (csrc/projection.cu).
+
+Small parameters (prompts, adapters) go through one launch, a block of threads for each. For large weights the update is
+made by one launch, multiplied by the thin bases with torch's matrix product, and added by another: there the products
+are work for tensor cores, and the rest is bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cl_kernels.ops import _native
+from cl_kernels.ops._registry import Unsupported
+from cl_kernels.ops.projection.lists import Lists, distinct
+from cl_kernels.ops.projection.reference import BASIS, apply_left, apply_right
+
+__all__ = ["step_cuda"]
+
+_SMALL_ROWS, _SMALL_ELEMENTS = 128, 1 << 17  # one block does 4 m d r operations alone: beyond this, far too many
+_KINDS = {(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)}
+
+
+@dataclass(slots=True)
+class _Call:
+    """Parameters of one device, of one pair of element types, and of one size class."""
+
+    lists: Lists
+    small: bool
+    indices: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    floats: int = 0
+
+
+def step_cuda(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    left: list[Tensor | None],
+    right: list[Tensor | None],
+    forms: list[int],
+    scales: list[float],
+    device_scales: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    project_decay: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Never waits for the device: learning rate, steps, scale and found_inf are read there if they live there."""
+    if found_inf is not None and not all(step.is_cuda for step in steps):
+        raise Unsupported("found_inf on the device needs the step counts there too")
+    distinct([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs], grads)
+    calls: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call] = {}
+    for i, param in enumerate(params):
+        kinds = (param.dtype, exp_avgs[i].dtype)
+        if kinds not in _KINDS:
+            raise Unsupported(f"{kinds[0]} parameters with {kinds[1]} moments have no kernel")
+        small = _is_small(param, left[i], right[i], forms[2 * i + 1])
+        call = calls.setdefault((param.device, *kinds, small), _Call(Lists(*kinds), small))
+        moments = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
+        step = steps[i] if steps[i].is_cuda else None
+        shape = call.lists.add(param, grads[i], moments, step, (left[i], right[i]), forms[2 * i : 2 * i + 2])
+        call.lists.numbers += (
+            *(scales[4 * i : 4 * i + 4] or (1.0, 0.0, 1.0, 0.0)),
+            0.0 if step is not None else float(steps[i]),
+        )
+        call.indices.append(i)
+        call.shapes.append(shape)
+        batch, rows, columns = shape
+        ranks = [0 if side is None else side.shape[-1] for side in (left[i], right[i])]
+        call.floats += batch * (rows * columns * (2 if small else 1) + small * max(rows * ranks[1], ranks[0] * columns))
+    settings = (beta1, beta2, eps, weight_decay, decoupled_weight_decay, project_decay, -1.0 if maximize else 1.0)
+    for (device, *_), call in calls.items():
+        with torch.cuda.device(device):
+            _launch(
+                device,
+                call,
+                settings,
+                lr,
+                lr_tensor,
+                grad_scale,
+                found_inf,
+                (left, right, forms, scales, device_scales),
+            )
+        call.lists.write_back()
+    for step in steps:
+        if not step.is_cuda:
+            step += 1
+
+
+def _is_small(param: Tensor, left: Tensor | None, right: Tensor | None, right_form: int) -> bool:
+    rows = 1 if param.ndim < 2 else param.shape[-2] if param.ndim < 4 else param.shape[0]
+    inner = 0 if right is None else right.shape[-1] if right_form == BASIS else param.shape[-1]
+    return rows <= _SMALL_ROWS and param.numel() <= _SMALL_ELEMENTS and inner <= 1024
+
+
+def _launch(
+    device: torch.device,
+    call: _Call,
+    settings: tuple[float, float, float, float, bool, bool, float],
+    lr: float,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    sides: tuple[list[Tensor | None], list[Tensor | None], list[int], list[float], Tensor | None],
+) -> None:
+    left, right, forms, scales, device_scales = sides
+    rate = None
+    if lr_tensor is not None:
+        if lr_tensor.is_cuda:
+            rate = lr_tensor if lr_tensor.dtype in (torch.float32, torch.float64) else lr_tensor.double()
+        else:
+            lr = float(lr_tensor)
+    read = [None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf)]
+    given = None if device_scales is None else device_scales[call.indices].contiguous()
+    workspace = torch.empty(max(call.floats, 1), dtype=torch.float32, device=device)
+    lists = call.lists
+    tensors = (
+        0 if rate is None else rate.data_ptr(), rate is not None and rate.dtype == torch.float64,
+        *(0 if t is None else t.data_ptr() for t in read), 0 if given is None else given.data_ptr(), not call.small,
+    )  # fmt: skip
+    args = (
+        lists.pointers, lists.sizes, lists.numbers, _native.DTYPE[lists.weight], _native.DTYPE[lists.moment], lr,
+        *settings, *tensors, workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
+    module = _native.load()
+    if call.small:
+        module.projected_adam_cuda(0, *args)
+        return
+    module.projected_adam_cuda(1, *args)
+    start = 0
+    for i, shape in zip(call.indices, call.shapes, strict=True):
+        size = shape[0] * shape[1] * shape[2]
+        if size:
+            x = workspace[start : start + size].view(shape)
+            a = scales[4 * i : 4 * i + 4] if device_scales is None else device_scales[i].float().unbind()
+            _project_in_place(x, left[i], right[i], forms[2 * i : 2 * i + 2], a)
+        start += size
+    module.projected_adam_cuda(2, *args)
+
+
+def _project_in_place(
+    x: Tensor, left: Tensor | None, right: Tensor | None, forms: list[int], scales: list[float] | tuple[Tensor, ...]
+) -> None:
+    y = x
+    if right is not None:
+        y = apply_right(y, right.float(), scales[2], scales[3], forms[1])
+    if left is not None:
+        y = apply_left(y, left.float(), scales[0], scales[1], forms[0])
+    if y is not x:
+        x.copy_(y)

@@ -1,0 +1,101 @@
+"""Flat argument lists for csrc/projection_cpu.cpp and csrc/projection.cu.
+
+The kernels take contiguous parameters of one element type. Whatever else comes (channels-last weights, transposed
+views, 16-bit parameters on the CPU) is worked on in a copy and written back: a pass more for those, the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cl_kernels.ops._registry import Unsupported
+from cl_kernels.ops.projection.reference import NONE, matrix_shape
+
+__all__ = ["Lists", "distinct"]
+
+
+@dataclass(slots=True)
+class Lists:
+    """What one call of the native module works on: flat lists (csrc/projection.h), and copies to write back."""
+
+    weight: torch.dtype
+    moment: torch.dtype
+    pointers: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    held: list[Tensor] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Sequence[Tensor],
+        step: Tensor | None,
+        sides: tuple[Tensor | None, Tensor | None],
+        forms: Sequence[int],
+    ) -> tuple[int, int, int]:
+        """Append one parameter; returns how it is seen, (batch, rows, columns). `step` is None if the host counts."""
+        pointers = self.pointers
+        pointers.append(self._written(param, self.weight))
+        if grad.dtype != self.weight or not grad.is_contiguous():
+            grad = grad.to(self.weight).contiguous()
+            self.held.append(grad)
+        pointers.append(grad.data_ptr())
+        for moment in moments:
+            pointers.append(self._written(moment, self.moment))
+        if len(moments) < 3:
+            pointers.append(0)
+        pointers.append(0 if step is None else self._written(step, torch.float32))
+        left, right = sides
+        shape = matrix_shape(
+            param.shape, None if left is None else left.shape[-2], None if right is None else right.shape[-2]
+        )
+        if shape is None:
+            raise ValueError(f"projectors do not fit shape {tuple(param.shape)}")
+        self.sizes += shape
+        self._side(left, forms[0])
+        self._side(right, forms[1])
+        return shape
+
+    def write_back(self) -> None:
+        """Copy results into the tensors that the kernels could not write themselves."""
+        for target, value in self.copies:
+            target.copy_(value)
+
+    def _written(self, value: Tensor, dtype: torch.dtype) -> int:
+        if value.dtype == dtype and value.is_contiguous():
+            return value.data_ptr()
+        copy = value.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        self.copies.append((value, copy))
+        return copy.data_ptr()
+
+    def _side(self, matrix: Tensor | None, form: int) -> None:
+        if matrix is None:
+            self.pointers.append(0)
+            self.sizes += (NONE, 0, 0, 0)
+            return
+        if matrix.ndim != 2:
+            raise Unsupported("a batch of projectors for one parameter has no kernel")
+        compute = torch.float64 if self.moment == torch.float64 else torch.float32
+        if matrix.dtype != compute:
+            matrix = matrix.to(compute)
+            self.held.append(matrix)
+        rows, columns = matrix.stride()
+        if columns != 1 and rows != 1:
+            matrix = matrix.contiguous()
+            self.held.append(matrix)
+            rows, columns = matrix.stride()
+        self.pointers.append(matrix.data_ptr())
+        self.sizes += (form, matrix.shape[1], rows, columns)
+
+
+def distinct(written: list[Tensor], read: list[Tensor]) -> None:
+    """No tensor is written twice, and no gradient is written: kernels run parameters side by side."""
+    outputs = [t.data_ptr() for t in written if t.numel()]
+    if len(set(outputs)) != len(outputs) or not set(outputs).isdisjoint(t.data_ptr() for t in read if t.numel()):
+        raise ValueError("params, moments and gradients: the same memory appears twice")
