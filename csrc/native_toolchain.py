@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -75,18 +76,24 @@ def find_cxx() -> tuple[list[str], list[str]]:
         raise NativeBuildError(f"no C++ compiler: {command[0]} not found")
     python = sysconfig.get_paths()["include"]
     include = [f"-I{pybind11.get_include()}", f"-I{python}", f"-I{CSRC}"]
-    probe = "#include <pybind11/pybind11.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.0f) > 0);\n"
+    return command, [*_prove(tuple(command), tuple(include)), *include]
+
+
+@functools.cache
+def _prove(command: tuple[str, ...], include: tuple[str, ...]) -> list[str]:
+    """Compile a few lines with what the module needs; return the flag for OpenMP, where the compiler has it."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text(probe)
+        source.write_text(
+            "#include <pybind11/pybind11.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.0f) > 0);\n"
+        )
         run([*command, "-std=c++20", *include, "-fsyntax-only", str(source)])
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
         try:
             run([*command, "-fopenmp", str(source), "-o", str(Path(folder, "probe"))])
-            openmp = ["-fopenmp"]
         except NativeBuildError:
-            openmp = []  # loops run on one thread
-    return command, [*openmp, *include]
+            return []  # loops run on one thread
+    return ["-fopenmp"]
 
 
 def find_nvcc() -> tuple[str, list[str]]:

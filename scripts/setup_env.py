@@ -103,14 +103,21 @@ def make_venv() -> None:
         say(f"{python} has no torch: .venv gets its own")
     if subprocess.call([python, "-m", "venv", *(["--system-site-packages"] if torch else []), VENV]):
         stop("no virtual environment could be made (on Debian and Ubuntu: apt install python3-venv)")
-    if torch and ask(PYTHON, "import torch") is None:
+    if torch:
+        borrow_from(python)
+
+
+def borrow_from(python: str) -> None:
+    """Make sure that .venv sees what the interpreter outside sees, its setuptools included."""
+    site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    inside, outside = ask(PYTHON, site) or "", ask(python, site) or ""
+    if ask(PYTHON, "import torch") is None:
         # The interpreter outside is a virtual environment itself, and Python would look past it.
-        paths = ask(
-            python, "import sysconfig; print(*{sysconfig.get_path(p) for p in ('purelib', 'platlib')}, sep='\\n')"
-        )
-        inside = ask(PYTHON, "import sysconfig; print(sysconfig.get_path('purelib'))")
-        with open(os.path.join(inside or "", "outer_environment.pth"), "w") as out:
-            out.write((paths or "") + "\n")
+        with open(os.path.join(inside, "outer_environment.pth"), "w") as out:
+            out.write(outside + "\n")
+    if os.path.isdir(os.path.join(inside, "setuptools")):
+        # Python 3.11 puts an old setuptools into each new environment, in front of the one outside.
+        run(PYTHON, "-m", "pip", "uninstall", "-qq", "-y", "setuptools")
 
 
 def install_torch() -> str:

@@ -313,7 +313,7 @@ def test_package_has_no_pickle_and_no_private_names_of_torch() -> None:
 
 
 def test_timm_comes_in_by_one_door() -> None:
-    """A file may import timm's parts inside a function, but only one that opened the door, which is where the shim is."""
+    """A file may import timm's parts inside a function, but only one that opens the door, where the shim is."""
     for path in sorted(Path(cl_kernels.__file__).parent.rglob("*.py")):
         text = path.read_text()
         assert not re.search(r"^(import|from) timm", text, re.MULTILINE), f"{path}: timm at the top of a module"
