@@ -156,6 +156,18 @@ def test_one_run_one_task() -> None:
     assert "linear on digits: 1 tasks" in page.text
 
 
+def test_quick_results_are_marked() -> None:
+    assert "--quick" not in Page(render(many(), plot=False)).text
+    one = result("full", 0)
+    one["config"]["quick"] = True
+    assert "Made with --quick" in Page(render([*many(), one], plot=False)).text
+
+
+def test_a_control_that_protects_nothing_shows_no_subspace() -> None:
+    assert "is protected" in Page(render([result("null-space", 0, subspace=True)], plot=False)).text
+    assert "is protected" not in Page(render([result("matched-lr", 0, subspace=True)], plot=False)).text
+
+
 def test_hostile_names_stay_text() -> None:
     bad = '<script>alert("1")</script>'
     page = Page(render([result(bad, 0, label=bad, title=bad, environment={bad: bad})]))

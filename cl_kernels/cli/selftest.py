@@ -107,7 +107,7 @@ def _spd(device: torch.device, dtype: torch.dtype) -> Tensor:
     """A covariance whose spectrum falls by 1.45 a step, so that its directions are well separated."""
     q, _ = torch.linalg.qr(_normal((32, 32), 5, torch.device("cpu"), torch.float64))
     spectrum = torch.logspace(0, -5, 32, dtype=torch.float64)
-    cov = (q * spectrum) @ q.mT
+    cov: Tensor = (q * spectrum) @ q.mT
     return ((cov + cov.mT) / 2).to(device, dtype)
 
 

@@ -60,8 +60,8 @@ Use = tuple[int, int, float | None]
 def subspace_use(result: Result) -> dict[str, list[Use | None]]:
     """Layer (and side, where both are projected) -> after each task (protected directions, all, share of the energy).
 
-    None where nothing was stored yet; empty for matched-lr, which reports the projectors whose step length it copies and
-    protects nothing. Read from `result["subspace"]`, one mapping a task:
+    None where nothing was stored yet; empty for matched-lr, which reports the projectors whose step length it copies
+    and protects nothing. Read from `result["subspace"]`, one mapping a task:
     parameter -> {"left"|"right": {"dim", "protected", "energy"}}.
     """
     if result["method"] == "matched-lr":
