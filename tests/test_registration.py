@@ -1,0 +1,83 @@
+"""Every operation, so that none can be forgotten: soundly registered, traced by its fake, honest about writes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import cl_kernels as clk
+from cl_kernels.ops._registry import OPS
+
+Arguments = tuple[Any, ...]
+
+
+def _moments() -> Arguments:
+    return torch.zeros(3, 3, dtype=torch.float64), torch.randn(5, 3), torch.zeros(3), torch.zeros(()), None, 1.0, 1.0
+
+
+def _many_moments() -> Arguments:
+    covs = [torch.zeros(3, 3), torch.zeros(2, 2, dtype=torch.float64)]
+    return covs, [torch.randn(4, 3), torch.randn(2, 2)], [], [], [], 0.5, 0.9
+
+
+def _adam_step() -> Arguments:
+    params = [torch.randn(4, 3), torch.randn(2, 3)]
+    basis = torch.linalg.qr(torch.randn(3, 1)).Q
+    moments = [[torch.rand_like(p) for p in params] for _ in range(3)]
+    steps = [torch.zeros(()) for _ in params]
+    sides = ([None, None], [basis, None], [0, 1, 0, 0], [1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    rates = (None, 1e-3, None, 0.9, 0.999, 1e-8, 1e-2, True, True, False, None, None)
+    return (params, moments[0], moments[1], moments[2], [], steps, *sides, *rates)
+
+
+SAMPLES: dict[str, Callable[[], Arguments]] = {
+    "update_covariance_": _moments,
+    "update_covariances_": _many_moments,
+    "update_head_grams_": lambda: (torch.zeros(2, 3, 3), torch.randn(2, 2, 4, 3), 1.0, 1.0),
+    "expand_head_grams": lambda: (
+        torch.rand(2, 3, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(6, 5, dtype=torch.float64, requires_grad=True),
+    ),
+    "symmetric_eigh": lambda: (torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64)),),
+    "project": lambda: (
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+        *(None, None, None, 0),
+        torch.linalg.qr(torch.randn(3, 1, dtype=torch.float64)).Q.requires_grad_(),
+        *(torch.tensor(1.0), torch.tensor(0.5), 1),
+    ),
+    "projected_adam_step_": _adam_step,
+}
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [t for value in values for t in _tensors(value)] if isinstance(values, (list, tuple)) else []
+
+
+def test_every_operation_has_a_sample():
+    assert set(SAMPLES) == {name for name in OPS if not name.startswith("test_")}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_schema_fake_autograd_and_tracing_are_sound(name, backend):
+    with clk.use_backend(backend):
+        report = torch.library.opcheck(OPS[name].overload, SAMPLES[name]())
+    assert set(report.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_operation_writes_its_arguments_or_returns_fresh_tensors_never_both(name):
+    arguments = SAMPLES[name]()
+    result = OPS[name].overload(*arguments)
+    written = any(a.alias_info is not None and a.alias_info.is_write for a in OPS[name].overload._schema.arguments)
+    assert written == (result is None)
+    taken = {t.untyped_storage().data_ptr() for t in _tensors(arguments)}
+    assert not any(t.untyped_storage().data_ptr() in taken for t in _tensors(result))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_it_carries_the_tag_that_lets_compilers_trust_it(name):
+    assert torch.Tag.pt2_compliant_tag in OPS[name].overload.tags
