@@ -57,8 +57,8 @@ def load(path: Path, *, fingerprint: str, device: torch.device) -> Tree:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             _check(path, metadata, fingerprint)
-            # Copies: torch's own allocations are aligned to 64 bytes, those of the file are not, and BLAS sums in another
-            # order on memory of another alignment. A resumed run would then differ in the last bits.
+            # Copies: torch's own allocations are aligned to 64 bytes, those of the file are not, and BLAS sums in
+            # another order on memory of another alignment. A resumed run would then differ in the last bits.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
         return _unpack(json.loads(metadata["tree"]), tensors, device)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -72,7 +72,7 @@ def probe(directory: Path) -> None:
     """Make `directory` and write, read and remove a 64 KiB file in it. Raises `OSError` if any of it fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = directory / f".probe-{os.getpid()}"
+        file = directory / "probe"  # a fixed name: what a killed process left is removed by the next
         try:
             write_atomically(file, bytes(65536))
         finally:

@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class NSP2Options(PromptOptions):
     normalize: str = "fro"
     rule: str = "knee"
     rule_left: str | None = None
-    weighting: str = "batches"
+    weighting: Literal["rows", "batches"] = "batches"
     ln_weight: float = 1.0
     sides: str = "both"
 
@@ -118,7 +118,7 @@ class NSP2(PromptMethod):
                 continue
             rule = (options.rule_left or options.rule) if side == "left" else options.rule
             eta = options.eta if side == "right" or options.eta_left is None else options.eta_left
-            normalize = None if options.normalize == "none" else "fro"
+            normalize: Literal["fro"] | None = None if options.normalize == "none" else "fro"
             projector = null_space_projector(covariance, parse_rule("rule", rule), mix=eta, normalize=normalize)
             report[side] = side_report(projector, covariance)
             made[side] = projector.to(self._like.dtype)

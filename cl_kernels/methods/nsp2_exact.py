@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class NSP2ExactOptions(NSP2Options):
 
     eta: float = 1.0
     normalize: str = "none"
-    weighting: str = "rows"
+    weighting: Literal["rows", "batches"] = "rows"
     ln_weight: float = 0.0
     fold_gain: bool = True
     fold_sigma: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class NullSpace(WeightMethod):
     def _projectors(self) -> dict[str, Sides]:
         """A right-hand projector for every trained weight."""
         rule = parse_rule("rule", self.options.rule)
-        normalize = None if self.options.normalize == "none" else "fro"
+        normalize: Literal["fro"] | None = None if self.options.normalize == "none" else "fro"
         made, self._report = {}, {}
         for name, covariance in self.statistics.items():
             projector = null_space_projector(covariance, rule, mix=self.options.eta, normalize=normalize)

@@ -1,0 +1,109 @@
+"""kill -9 at any moment, then resume: the same results.json but for `seconds`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs to be killed are forked")
+
+TESTS = Path(__file__).parent
+
+
+class Server:
+    """A process that forks a run for every request."""
+
+    def __init__(self) -> None:
+        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "resume_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        )
+
+    def run(self, when: float | str | None = None, **config: Any) -> int:
+        """The exit status of a run: 0, or -9 when it was killed after `when` seconds; see resume_server."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("the server has no pipes")
+        self.process.stdin.write(json.dumps([when, config]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    pytest.importorskip("timm", reason="timm is not installed")
+    made = Server()
+    yield made
+    made.close()
+
+
+def results(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    del found["seconds"]
+    return found
+
+
+def survive(server: Server, tmp_path: Path, kills: int, seed: int, **config: Any) -> None:
+    """Kill runs `kills` times in all, at random moments of their whole length, resuming in between."""
+    reference = tmp_path / "reference"
+    assert server.run(**config, out=str(reference)) == 0
+    start = time.monotonic()
+    assert server.run(**config, out=str(tmp_path / "timed")) == 0
+    length = time.monotonic() - start
+    expected = results(reference)
+    assert results(tmp_path / "timed") == expected
+    rng, number, killed, in_between = random.Random(seed), 0, 0, 0
+    while killed < kills:
+        out = tmp_path / f"run {number}"
+        number += 1
+        while not (out / "results.json").exists() and killed < kills:
+            status = server.run(rng.uniform(0.0, 0.7 * length), **config, out=str(out), resume=True)
+            assert status in (0, -signal.SIGKILL)
+            killed += status != 0
+            in_between += (out / "checkpoints" / "last.safetensors").exists() and status != 0
+        assert server.run(**config, out=str(out), resume=True) == 0
+        assert results(out) == expected
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["last.safetensors"]
+    assert in_between >= kills // 3, "most kills came before the first checkpoint: nothing was resumed"
+
+
+@pytest.mark.parametrize(("method", "seed"), [("nsp2", 1), ("null-space", 2)])
+def test_kill_9_at_ten_random_moments(method: str, seed: int, server: Server, tmp_path: Path) -> None:
+    survive(server, tmp_path, 10, seed, method=method, checkpoint_steps=1, epochs=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nsp2-exact", "matched-lr", "joint", "linear"])
+def test_kill_9_of_the_other_methods(method: str, server: Server, tmp_path: Path) -> None:
+    options = {"schedule": "cosine"}
+    survive(server, tmp_path, 6, 3, method=method, checkpoint_steps=2, augment="crop", options=options)
+
+
+def test_sigterm_ends_the_process_with_status_0_and_a_checkpoint(server: Server, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"method": "nsp2", "epochs": 20, "checkpoint_steps": 5}
+    out, other = str(tmp_path / "run"), str(tmp_path / "other")
+    assert server.run("checkpoint", **config, out=out) == 0
+    assert not (tmp_path / "run" / "results.json").exists(), "it was stopped in the middle"
+    assert server.run(**config, out=out, resume=True) == 0
+    assert server.run(**config, out=other) == 0
+    assert results(tmp_path / "run") == results(tmp_path / "other")
