@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)))
 
 # Drawn in this colour and replaced by currentColor afterwards, so that text and axes follow the light or dark page.
 _INK = "#010203"
+
+_WIDEST = 11.0  # inches of cells side by side, about a page's width
+_LEGIBLE = 5.0  # points
 
 
 def available() -> bool:
@@ -56,13 +60,15 @@ def curves(
             high = [m + d for m, d in zip(y, half, strict=True)]
             axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     longest = max((len(s) for s in series.values()), default=1)
-    axes.set_xticks(range(1, longest + 1), [str(i) for i in range(1, longest + 1)])
+    ticks = range(1, longest + 1, math.ceil(longest / 15))
+    axes.set_xticks(ticks, [str(i) for i in ticks])
     axes.set_xlabel("after task")
     axes.set_ylabel(ylabel)
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
     axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.8)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, handlelength=3.2)
+    if len(series) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, handlelength=3.2)
     return _svg(figure, key, alt)
 
 
@@ -71,7 +77,9 @@ def heat_map(
     labels: Sequence[Sequence[str]] | None = None, low: float = 0.0, high: float = 1.0,
     cell: tuple[float, float] = (0.56, 0.36),
 ) -> str:  # fmt: skip
-    """Cells coloured from `low` to `high` with their number written in; cells of None stay empty."""
+    """Cells coloured from `low` to `high`; cells of None stay empty. Numbers are written in while they are legible;
+    the tables of the page have them all.
+    """
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -79,10 +87,12 @@ def heat_map(
 
     values = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
     height, width = values.shape
-    longest = max(len(r) for r in rows)
-    figure, axes = _figure(0.75 + 0.075 * longest + cell[0] * width, 0.7 + cell[1] * height)
+    texts = labels or [["" if v is None else f"{100 * v:.0f}" for v in row] for row in matrix]
+    across, down = min(cell[0], _WIDEST / width), min(cell[1], _WIDEST / height)  # inches a cell
+    longest = max(len(t) for row in texts for t in row)
+    size = min(9.0, 72 * across / (0.62 * longest + 0.8), 72 * down * 0.6)
+    figure, axes = _figure(0.75 + 0.075 * max(len(r) for r in rows) + across * width, 0.7 + down * height)
     shades, norm = colormaps["viridis"], Normalize(low, high)
-    size = 9.0 if width <= 12 else 6.5
     for i in range(height):
         for j in range(width):
             if np.isnan(values[i, j]):
@@ -91,14 +101,14 @@ def heat_map(
             # WCAG's relative luminance, near enough: black on light cells, white on dark ones
             dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
             axes.add_patch(Rectangle((j, i), 1, 1, color=(red, green, blue), linewidth=0))
-            text = labels[i][j] if labels is not None else f"{100 * values[i, j]:.0f}"
-            axes.text(
-                j + 0.5, i + 0.5, text, ha="center", va="center", color="#ffffff" if dark else "#000000", fontsize=size
-            )
+            if size >= _LEGIBLE:
+                ink = "#ffffff" if dark else "#000000"
+                axes.text(j + 0.5, i + 0.5, texts[i][j], ha="center", va="center", color=ink, fontsize=size)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    axes.set_xticks([j + 0.5 for j in range(width)], list(columns))
-    axes.set_yticks([i + 0.5 for i in range(height)], list(rows))
+    every, other = math.ceil(0.28 / across), math.ceil(0.13 / down)
+    axes.set_xticks([j + 0.5 for j in range(0, width, every)], list(columns)[::every])
+    axes.set_yticks([i + 0.5 for i in range(0, height, other)], list(rows)[::other])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.tick_params(length=0)

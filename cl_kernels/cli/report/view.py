@@ -11,9 +11,8 @@ from .summary import Group, Measure, Result, Section, accuracy_curve, forgetting
 
 def title(found: Sequence[Section]) -> str:
     labels = list(dict.fromkeys(g.label for s in found for g in s.groups))
-    if len(found) == 1:
-        return f"{labels[0] if len(labels) == 1 else f'{len(labels)} methods'} on {found[0].title}"
-    return f"{len(labels)} methods on {len(found)} streams"
+    who = labels[0] if len(labels) == 1 else f"{len(labels)} methods"
+    return f"{who} on {found[0].title if len(found) == 1 else f'{len(found)} streams'}"
 
 
 def section(found: Section, key: str, *, draw: bool) -> dict[str, Any]:
