@@ -6,8 +6,8 @@
 //     target CLK_TARGET_AVX2   static void body_avx2(...)   { body(...); } switch (isa()) { case Isa::avx512: return
 //     body_avx512(...); case Isa::avx2: return body_avx2(...); default: body(...); }
 //
-// An OpenMP region is outlined into a function of its own that keeps the enclosing target, so pragmas may stand in
-// either.
+// OpenMP pragmas stand in the target function or around the call, never in the inlined body: there the region would be
+// outlined before it is inlined, and stay at the base level.
 #pragma once
 
 #include <atomic>
