@@ -1,10 +1,15 @@
 // Run-time choice among instruction sets. The module is compiled for the plain architecture; a hot function is compiled
 // once more for each level by a target attribute, and picked by isa():
 //
-//     template <typename T> CLK_INLINE void body(...);                      // the loop, written once
-//     CLK_TARGET_AVX512 static void body_avx512(...) { body(...); }         // inlined and vectorised anew for each
-//     target CLK_TARGET_AVX2   static void body_avx2(...)   { body(...); } switch (isa()) { case Isa::avx512: return
-//     body_avx512(...); case Isa::avx2: return body_avx2(...); default: body(...); }
+//     template <typename T> CLK_INLINE void body(...);                // the loop, written once
+//     CLK_TARGET_AVX512 static void body_avx512(...) { body(...); }   // inlined and vectorised anew for each target
+//     CLK_TARGET_AVX2 static void body_avx2(...) { body(...); }
+//
+//     switch (isa()) {
+//         case Isa::avx512: return body_avx512(...);
+//         case Isa::avx2: return body_avx2(...);
+//         default: return body(...);
+//     }
 //
 // OpenMP pragmas stand in the target function or around the call, never in the inlined body: there the region would be
 // outlined before it is inlined, and stay at the base level.
