@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -33,6 +34,7 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
+@functools.cache
 def why_no_nvcc() -> str | None:
     """Why CUDA sources cannot be compiled here."""
     try:
