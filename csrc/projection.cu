@@ -16,24 +16,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kEntries = 96;  // a table stays below the 32764 bytes that kernel arguments may have
 
-struct Entry {
-    void* weight;
-    const void* grad;
-    void *exp_avg, *exp_avg_sq, *largest;
-    float* step;
-    double steps;
-    int64_t rows, columns, first_block, blocks;
-    BlockSide left, right;
-    const double* scales;  // identity and span of both sides on the device, or null
-    float* workspace;
-    int64_t inner;
-};
-
 struct Table {
     AdamSettings settings;
     StepTensors tensors;
     int count;
-    Entry entries[kEntries];
+    BlockEntry entries[kEntries];
 };
 static_assert(sizeof(Table) <= 32764, "kernel arguments have a limit");
 
@@ -47,7 +34,7 @@ __device__ double device_number(const void* p, bool is_double) {
     return is_double ? *static_cast<const double*>(p) : static_cast<double>(*static_cast<const float*>(p));
 }
 
-__device__ void find_common(const Table& table, const Entry& entry, Common& common) {
+__device__ void find_common(const Table& table, const BlockEntry& entry, Common& common) {
     const AdamSettings& s = table.settings;
     const StepTensors& t = table.tensors;
     const double step = (entry.step ? static_cast<double>(*entry.step) : entry.steps) + 1.0;
@@ -59,42 +46,17 @@ __device__ void find_common(const Table& table, const Entry& entry, Common& comm
 }
 
 template <typename W, typename S>
-__device__ BlockWork<W, S> work_of(const Entry& e, int64_t matrix) {
-    const int64_t size = e.rows * e.columns, begin = matrix * size;
-    BlockWork<W, S> w;
-    w.weight = static_cast<W*>(e.weight) + begin;
-    w.grad = static_cast<const W*>(e.grad) + begin;
-    w.exp_avg = static_cast<S*>(e.exp_avg) + begin;
-    w.exp_avg_sq = static_cast<S*>(e.exp_avg_sq) + begin;
-    w.largest = e.largest ? static_cast<S*>(e.largest) + begin : nullptr;
-    w.rows = e.rows;
-    w.columns = e.columns;
-    w.left = e.left;
-    w.right = e.right;
-    if (e.scales) {
-        w.left.identity = static_cast<float>(e.scales[0]);
-        w.left.span = static_cast<float>(e.scales[1]);
-        w.right.identity = static_cast<float>(e.scales[2]);
-        w.right.span = static_cast<float>(e.scales[3]);
-    }
-    w.u = e.workspace + matrix * (2 * size + e.inner);
-    w.other = w.u + size;
-    w.inner = w.other + size;
-    return w;
-}
-
-template <typename W, typename S>
 __global__ void __launch_bounds__(kThreads) cl_projected_adam_block(const __grid_constant__ Table table) {
     __shared__ Common common;
     const int64_t block = blockIdx.x, thread = threadIdx.x;
     int index = 0;
     while (index + 1 < table.count && table.entries[index + 1].first_block <= block) ++index;
-    const Entry& entry = table.entries[index];
+    const BlockEntry& entry = table.entries[index];
     if (thread == 0) find_common(table, entry, common);
     __syncthreads();
     if (common.skip) return;
 
-    const BlockWork<W, S> w = work_of<W, S>(entry, block - entry.first_block);
+    const BlockWork<W, S> w = block_work<W, S>(entry, block - entry.first_block);
     adam_phase(w, common.numbers, thread, static_cast<int64_t>(kThreads), w.rows * w.columns);
     __syncthreads();
     const float* u = w.u;
@@ -123,11 +85,11 @@ __global__ void __launch_bounds__(kThreads) cl_projected_adam_block(const __grid
 template <typename W, typename S>
 __global__ void __launch_bounds__(kThreads) cl_projected_adam_elements(const __grid_constant__ Table table) {
     __shared__ Common common;
-    const Entry& entry = table.entries[blockIdx.y];
+    const BlockEntry& entry = table.entries[blockIdx.y];
     if (threadIdx.x == 0) find_common(table, entry, common);
     __syncthreads();
     if (common.skip) return;
-    const BlockWork<W, S> w = work_of<W, S>(entry, 0);
+    const BlockWork<W, S> w = block_work<W, S>(entry, 0);
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     adam_phase(w, common.numbers, first, static_cast<int64_t>(gridDim.x) * kThreads, entry.blocks * w.rows * w.columns);
 }
@@ -136,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) cl_projected_adam_elements(const __g
 template <typename W>
 __global__ void __launch_bounds__(kThreads) cl_projected_adam_apply(const __grid_constant__ Table table) {
     __shared__ Common common;
-    const Entry& entry = table.entries[blockIdx.y];
+    const BlockEntry& entry = table.entries[blockIdx.y];
     if (threadIdx.x == 0) find_common(table, entry, common);
     __syncthreads();
     if (common.skip) return;
@@ -151,18 +113,8 @@ __global__ void __launch_bounds__(kThreads) cl_projected_adam_apply(const __grid
 __global__ void cl_projected_adam_count(const __grid_constant__ Table table, bool all) {
     const int64_t i = threadIdx.x;
     if (i >= table.count || (table.tensors.found_inf && *table.tensors.found_inf != 0.0f)) return;
-    const Entry& entry = table.entries[i];
+    const BlockEntry& entry = table.entries[i];
     if (entry.step && (all || entry.blocks > 1)) *entry.step += 1.0f;
-}
-
-BlockSide block_side(const ProjectionSide& side) {
-    return {static_cast<const float*>(side.matrix),
-            side.rank,
-            side.row_stride,
-            side.column_stride,
-            static_cast<float>(side.identity),
-            static_cast<float>(side.span),
-            static_cast<int>(side.form)};
 }
 
 // Tables of at most kEntries parameters, each handed to `launch(table, matrices, largest parameter's elements)`.
@@ -174,31 +126,14 @@ void for_tables(const std::vector<ProjectedParameter>& parameters, const AdamSet
         Table table;
         table.settings = settings;
         table.tensors = tensors;
-        table.count = 0;
+        table.count = static_cast<int>(std::min<int64_t>(total - begin, kEntries));
         int64_t blocks = 0, elements = 0;
-        for (int64_t i = begin; i < std::min<int64_t>(total, begin + kEntries); ++i) {
-            const ProjectedParameter& p = parameters[i];
-            const int64_t size = p.rows * p.columns;
-            const int64_t inner = std::max(p.rows * p.right.rank, p.left.rank * p.columns);
-            table.entries[table.count++] = {p.weight,
-                                            p.grad,
-                                            p.exp_avg,
-                                            p.exp_avg_sq,
-                                            p.largest,
-                                            p.step,
-                                            p.steps,
-                                            p.rows,
-                                            p.columns,
-                                            blocks,
-                                            p.batch,
-                                            block_side(p.left),
-                                            block_side(p.right),
-                                            tensors.scales ? tensors.scales + 4 * i : nullptr,
-                                            workspace,
-                                            inner};
+        for (int i = 0; i < table.count; ++i) {
+            const ProjectedParameter& p = parameters[begin + i];
+            table.entries[i] = block_entry(p, tensors, begin + i, blocks, workspace);
             blocks += p.batch;
-            elements = std::max(elements, p.batch * size);
-            workspace += tensors.whole ? p.batch * size : p.batch * (2 * size + inner);
+            elements = std::max(elements, p.batch * p.rows * p.columns);
+            workspace += block_floats(p, tensors.whole);
         }
         if (blocks > 0) launch(table, blocks, elements);  // an empty grid is an error
     }

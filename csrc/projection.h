@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/tensor_view.h"
 
 namespace clk {
 
@@ -42,9 +44,31 @@ struct AdamSettings {
 // stride of the left and of the right side) and kNumbers values (identity and span, left and right, and the steps so
 // far).
 inline constexpr int64_t kPointers = 8, kSizes = 11, kNumbers = 5;
-std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intptr_t>& pointers,
-                                                     const std::vector<int64_t>& sizes,
-                                                     const std::vector<double>& numbers);
+inline std::vector<ProjectedParameter> projected_parameters(const std::vector<std::intptr_t>& pointers,
+                                                            const std::vector<int64_t>& sizes,
+                                                            const std::vector<double>& numbers) {
+    const int64_t count = static_cast<int64_t>(pointers.size()) / kPointers;
+    if (pointers.size() != static_cast<size_t>(count * kPointers) ||
+        sizes.size() != static_cast<size_t>(count * kSizes) ||
+        numbers.size() != static_cast<size_t>(count * kNumbers)) {
+        throw std::invalid_argument("projected parameters: lists of different lengths");
+    }
+    std::vector<ProjectedParameter> out;
+    out.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+        const std::intptr_t* p = pointers.data() + i * kPointers;
+        const int64_t* s = sizes.data() + i * kSizes;
+        const double* x = numbers.data() + i * kNumbers;
+        const auto side = [](std::intptr_t matrix, const int64_t* z, const double* y) {
+            return ProjectionSide{
+                static_cast<SideForm>(z[0]), pointer<const void>(matrix), z[1], z[2], z[3], y[0], y[1]};
+        };
+        out.push_back({pointer<void>(p[0]), pointer<const void>(p[1]), pointer<void>(p[2]), pointer<void>(p[3]),
+                       pointer<void>(p[4]), pointer<float>(p[5]), x[4], s[0], s[1], s[2], side(p[6], s + 3, x),
+                       side(p[7], s + 7, x + 2)});
+    }
+    return out;
+}
 
 // All of one element type, f32 or f64. The result does not depend on `threads`. Memory is taken before the first write.
 void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, DType dtype, const AdamSettings& settings,

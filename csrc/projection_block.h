@@ -3,6 +3,9 @@
 // and the order of sums are checked without a GPU.
 #pragma once
 
+#include <algorithm>
+
+#include "projection.h"
 #include "projection_math.h"
 #ifdef __CUDACC__
 #include "common/math.cuh"
@@ -40,6 +43,82 @@ struct BlockWork {
     BlockSide left, right;
     float *u, *other, *inner;
 };
+
+// One parameter as a kernel gets it.
+struct BlockEntry {
+    void* weight;
+    const void* grad;
+    void *exp_avg, *exp_avg_sq, *largest;
+    float* step;
+    double steps;
+    int64_t rows, columns, first_block, blocks;  // a block for each matrix of a batch
+    BlockSide left, right;
+    const double* scales;  // identity and span of both sides on the device, or null
+    float* workspace;
+    int64_t inner;
+};
+
+template <typename W, typename S>
+CLK_HOST_DEVICE inline BlockWork<W, S> block_work(const BlockEntry& e, int64_t matrix) {
+    const int64_t size = e.rows * e.columns, begin = matrix * size;
+    BlockWork<W, S> w;
+    w.weight = static_cast<W*>(e.weight) + begin;
+    w.grad = static_cast<const W*>(e.grad) + begin;
+    w.exp_avg = static_cast<S*>(e.exp_avg) + begin;
+    w.exp_avg_sq = static_cast<S*>(e.exp_avg_sq) + begin;
+    w.largest = e.largest ? static_cast<S*>(e.largest) + begin : nullptr;
+    w.rows = e.rows;
+    w.columns = e.columns;
+    w.left = e.left;
+    w.right = e.right;
+    if (e.scales) {
+        w.left.identity = static_cast<float>(e.scales[0]);
+        w.left.span = static_cast<float>(e.scales[1]);
+        w.right.identity = static_cast<float>(e.scales[2]);
+        w.right.span = static_cast<float>(e.scales[3]);
+    }
+    w.u = e.workspace + matrix * (2 * size + e.inner);
+    w.other = w.u + size;
+    w.inner = w.other + size;
+    return w;
+}
+
+inline BlockSide block_side(const ProjectionSide& side) {
+    return {static_cast<const float*>(side.matrix),
+            side.rank,
+            side.row_stride,
+            side.column_stride,
+            static_cast<float>(side.identity),
+            static_cast<float>(side.span),
+            static_cast<int>(side.form)};
+}
+
+// Floats of workspace that a parameter needs: the update alone, or all that its blocks write on the way.
+inline int64_t block_floats(const ProjectedParameter& p, bool whole) {
+    const int64_t size = p.rows * p.columns, inner = std::max(p.rows * p.right.rank, p.left.rank * p.columns);
+    return whole ? p.batch * size : p.batch * (2 * size + inner);
+}
+
+inline BlockEntry block_entry(const ProjectedParameter& p, const StepTensors& tensors, int64_t index,
+                              int64_t first_block, float* workspace) {
+    const int64_t inner = std::max(p.rows * p.right.rank, p.left.rank * p.columns);
+    return {p.weight,
+            p.grad,
+            p.exp_avg,
+            p.exp_avg_sq,
+            p.largest,
+            p.step,
+            p.steps,
+            p.rows,
+            p.columns,
+            first_block,
+            p.batch,
+            block_side(p.left),
+            block_side(p.right),
+            tensors.scales ? tensors.scales + 4 * index : nullptr,
+            workspace,
+            inner};
+}
 
 // u[i] for i = first, first + step, ... below count.
 template <typename W, typename S>
