@@ -37,7 +37,7 @@ def update_covariance_(
     (0-d; float64 counts past 2^24) <- beta count + alpha sum_r weight_r, with weight 1 where there is none.
 
     Only the upper triangle of `cov` is read; both are written, so the result is symmetric to the last bit. Products of
-    16-bit rows are exact and summed in float32, and partial sums are promoted to the dtype of `cov` every 512 rows.
+    16-bit rows are exact and summed in float32, and partial sums go to the dtype of `cov` every 512 rows or sooner.
     No rows: only beta applies. NaN and infinity spread as in a product; the reader of the statistic checks, as
     `symmetric_eigh` does. The same inputs give the same bits. Not differentiable.
 
