@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,15 +23,16 @@ from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import pick_device
 from cl_kernels.continual.evaluate import evaluate, feature_drift
 from cl_kernels.continual.feed import Feed, augment
+from cl_kernels.continual.keeper import Keeper, Position
 from cl_kernels.continual.log import Log, Progress
-from cl_kernels.continual.record import Record, results
+from cl_kernels.continual.record import results
 from cl_kernels.continual.session import Session, open_session
-from cl_kernels.errors import CheckpointError, NonFiniteError
 
 __all__ = ["RunStopped", "run"]
 
 logger = logging.getLogger("cl_kernels")
 
+CHECKPOINT = Path("checkpoints") / "last.safetensors"
 CHECK_EVERY = 50  # steps between looks at the loss on CUDA, where each look waits for the device
 
 
@@ -44,18 +45,6 @@ class RunStopped(SystemExit):
 
     def __str__(self) -> str:
         return self.message
-
-
-@dataclass
-class Position:
-    """The next thing to do: `step` of `epoch` of `task`."""
-
-    task: int = 0
-    epoch: int = 0
-    step: int = 0
-
-    def __str__(self) -> str:
-        return f"task {self.task + 1}, epoch {self.epoch + 1}, step {self.step + 1}"
 
 
 @dataclass(frozen=True)
@@ -106,97 +95,84 @@ def run(
 
 class _Trainer:
     def __init__(self, session: Session, out: Path | None, started: float) -> None:
-        self.session, self.config, self.method = session, session.config, session.method
-        self.position, self.record = Position(), Record()
-        self.references: dict[int, Tensor] = {}
-        self.losses: Tensor | None = None  # of the current epoch, on the device
+        self.session, self.config, self.method, self.out = session, session.config, session.method, out
         self.stop = threading.Event()
-        self.path = None if out is None else out / "checkpoints" / "last.safetensors"
-        self.results_path = None if out is None else out / "results.json"
         tensorboard = out / "tensorboard" if out is not None and self.config.tensorboard else None
         self.log = Log(None if out is None else out / "metrics.jsonl", tensorboard)
-        half = session.precision == torch.float16
-        self.scaler = torch.amp.GradScaler(session.device.type) if half else None
-        self.clock = started
-        self.saved_at, self.saved_steps, self.steps = time.monotonic(), 0, 0
-        self.last_good: str | None = None
-        self.open = False  # between begin_task and end_task
+        self.keeper = Keeper(session, None if out is None else out / CHECKPOINT, self.log, started)
         self._tests: dict[int, Feed] = {}
 
-    # The loop ------------------------------------------------------------------------------------------------------
-
     def execute(self) -> dict[str, Any]:
-        if self.config.resume and self.path is not None and self.path.exists():
-            self._restore(self.path)
-        else:
+        if not (self.config.resume and self.keeper.restore()):
             self.log.cut(0)
-        with Progress(self.config.method, self._total_steps(), self._done_steps()) as self.progress:
-            for index in range(self.position.task, len(self.session.tasks)):
+        state = self.keeper.state
+        with Progress(self.config.method, self._total_steps(), state.steps) as self.progress:
+            for index in range(state.position.task, len(self.session.tasks)):
                 self._task(index)
-        self.record.total_seconds += self._lap()
-        found = results(self.record, self.session)
-        if self.results_path is not None:
+        self.keeper.lap()
+        found = results(state.record, self.session)
+        if self.out is not None:
             store = getattr(self.method, "store", None)
             if store is not None:
-                store.save(self.results_path.with_name("subspace.safetensors"))
-            checkpoint.write_atomically(self.results_path, json.dumps(found, indent=1).encode())
+                store.save(self.out / "subspace.safetensors")
+            checkpoint.write_atomically(self.out / "results.json", json.dumps(found, indent=1).encode())
         return found
 
     def _task(self, index: int) -> None:
-        task, config, method = self.session.tasks[index], self.config, self.method
+        task, config, method, state = self.session.tasks[index], self.config, self.method, self.keeper.state
         feed = self.session.training(index)
         if method.frozen and config.augment == "none":
             feed = feed.mapped(method.features, config.eval_batch_size)
         view = _View(index, task.classes, self.session.epochs, task.last, feed, config.statistics_batch)
-        if not self.open:
+        if not state.open:
             method.begin_task(view)
-            self.open = True
-            self.record.trainable.append(sum(p.numel() for _, p in method.trainable_parameters()))
-            self.record.loss.append([])
-            self.record.train_seconds.append(0.0)
-        while method.optimizer is not None and self.position.epoch < self.session.epochs:
+            state.open = True
+            state.record.trainable.append(sum(p.numel() for _, p in method.trainable_parameters()))
+            state.record.loss.append([])
+            state.record.train_seconds.append(0.0)
+        while method.optimizer is not None and state.position.epoch < self.session.epochs:
             self._epoch(feed)
         start = time.perf_counter()
         method.end_task(view, view.batches())
-        self.open = False
-        self.record.end_seconds.append(time.perf_counter() - start)
-        self.record.subspace.append(method.subspace())
+        state.open = False
+        state.record.end_seconds.append(time.perf_counter() - start)
+        state.record.subspace.append(method.subspace())
         self._evaluate(index)
-        self.position = Position(index + 1)
-        self._save()
+        state.position = Position(index + 1)
+        self.keeper.save()
         self._heed_stop()
 
     def _epoch(self, feed: Feed) -> None:
-        start, place = time.perf_counter(), self.position
-        order = seeds.permutation(len(feed), self.config.seed, place.task, place.epoch)
-        batches = order.split(self.config.batch_size)
-        if self.losses is None:
-            self.losses = torch.zeros(len(batches), device=self.session.device)
+        start, state = time.perf_counter(), self.keeper.state
+        place, record = state.position, state.record
+        batches = seeds.permutation(len(feed), self.config.seed, place.task, place.epoch).split(self.config.batch_size)
+        if state.losses is None:
+            state.losses = torch.zeros(len(batches), device=self.session.device)
         look = 1 if self.session.device.type == "cpu" else CHECK_EVERY
         while place.step < len(batches):
-            self._step(feed, batches[place.step], self.losses)
+            state.losses[place.step] = self._step(feed, batches[place.step], place)
             place.step += 1
-            self.steps += 1
+            state.steps += 1
             if place.step % look == 0 or place.step == len(batches):
-                self._check_losses()
+                self.keeper.check_losses()
             self.progress.advance(f"{self.config.method}: task {place.task + 1}, epoch {place.epoch + 1}")
-            if place.step < len(batches) and (self._due() or self.stop.is_set()):
-                self._add_train_seconds(start)
-                start = time.perf_counter()
-                self._save()
+            if place.step < len(batches) and (self.keeper.due() or self.stop.is_set()):
+                record.train_seconds[-1] += time.perf_counter() - start
+                self.keeper.save()
                 self._heed_stop()
-        mean = float(self.losses.double().mean())
-        self.record.loss[-1].append(mean)
+                start = time.perf_counter()
+        mean = float(state.losses.double().mean())
+        record.loss[-1].append(mean)
         scheduler = self.method.scheduler
-        rate = scheduler.get_last_lr()[0] if scheduler is not None else 0.0
-        self.log.event("epoch", self.steps, task=place.task, epoch=place.epoch, loss=mean, lr=float(rate))
+        rate = float(scheduler.get_last_lr()[0]) if scheduler is not None else 0.0
+        self.log.event("epoch", state.steps, task=place.task, epoch=place.epoch, loss=mean, lr=rate)
         if scheduler is not None:
             scheduler.step()
-        self.losses, self.position = None, Position(place.task, place.epoch + 1)
-        self._add_train_seconds(start)
+        state.losses, state.position = None, Position(place.task, place.epoch + 1)
+        record.train_seconds[-1] += time.perf_counter() - start
 
-    def _step(self, feed: Feed, positions: Tensor, losses: Tensor) -> None:
-        place, optimizer = self.position, self.method.optimizer
+    def _step(self, feed: Feed, positions: Tensor, place: Position) -> Tensor:
+        optimizer, scaler = self.method.optimizer, self.keeper.scaler
         if optimizer is None:
             raise RuntimeError(f"{self.config.method}: the optimizer disappeared inside a task")
         images, labels = feed.batch(positions)
@@ -206,30 +182,29 @@ class _Trainer:
         half = self.session.precision != torch.float32
         with torch.autocast(self.session.device.type, self.session.precision) if half else nullcontext():
             loss = self.method.loss((images, labels))
-        if self.scaler is None:
+        if scaler is None:
             torch.autograd.backward(loss)
             optimizer.step()
         else:
-            torch.autograd.backward(self.scaler.scale(loss))
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        losses[place.step] = loss.detach()
+            torch.autograd.backward(scaler.scale(loss))
+            scaler.step(optimizer)
+            scaler.update()
+        return loss.detach()
 
     def _evaluate(self, index: int) -> None:
-        start = time.perf_counter()
+        start, state = time.perf_counter(), self.keeper.state
         rows: dict[str, list[float]] = {"accuracy": [], "task_accuracy": [], "relative": [], "cosine": []}
         for old in range(index + 1):
             classes = self.session.tasks[old].classes
             score = evaluate(self.method, self._test(old), classes, self.config.eval_batch_size)
-            reference = self.references.setdefault(old, score.features)
-            relative, cosine = feature_drift(score.features, reference)
+            relative, cosine = feature_drift(score.features, state.references.setdefault(old, score.features))
             for name, value in zip(rows, (score.accuracy, score.task_accuracy, relative, cosine), strict=True):
                 rows[name].append(value)
         for name, row in rows.items():
-            getattr(self.record, name).append(row)
-        self.record.evaluate_seconds.append(time.perf_counter() - start)
+            getattr(state.record, name).append(row)
+        state.record.evaluate_seconds.append(time.perf_counter() - start)
         mean = sum(rows["accuracy"]) / len(rows["accuracy"])
-        self.log.event("task", self.steps, task=index, average_accuracy=mean, **rows)
+        self.log.event("task", state.steps, task=index, average_accuracy=mean, **rows)
 
     def _test(self, index: int) -> Feed:
         if index not in self._tests:
@@ -239,120 +214,26 @@ class _Trainer:
             self._tests[index] = feed
         return self._tests[index]
 
-    # Safety --------------------------------------------------------------------------------------------------------
-
-    def _check_losses(self) -> None:
-        """One synchronisation. The first step whose loss is not finite is named."""
-        if self.losses is None:
-            return
-        bad = (~torch.isfinite(self.losses)).nonzero().flatten()
-        if len(bad):
-            place = Position(self.position.task, self.position.epoch, int(bad[0]))
-            value = float(self.losses[place.step])
-            raise NonFiniteError(f"loss is {value} at {place} of {self._of_tasks()}; {self._last_good()}")
-
-    def _check_parameters(self) -> None:
-        for name, parameter in self.method.trainable_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise NonFiniteError(
-                    f"parameter {name} is not finite before {self.position} of {self._of_tasks()}; {self._last_good()}"
-                )
-
-    def _of_tasks(self) -> str:
-        return f"{len(self.session.tasks)} tasks ({self.config.method})"
-
-    def _last_good(self) -> str:
-        if self.path is None or self.last_good is None:
-            return "no checkpoint was saved"
-        return f"last good checkpoint: {self.path} (next: {self.last_good})"
-
     def _heed_stop(self) -> None:
         if self.stop.is_set():
-            raise RunStopped(f"stopped by SIGTERM; {self._last_good()}; resume continues from there")
-
-    def _due(self) -> bool:
-        config = self.config
-        if self.path is None:
-            return False
-        if config.checkpoint_steps is not None and self.steps - self.saved_steps >= config.checkpoint_steps:
-            return True
-        return time.monotonic() - self.saved_at >= 60 * config.checkpoint_minutes
-
-    # Checkpoints ---------------------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        if self.path is None:
-            return
-        self._check_losses()
-        self._check_parameters()
-        start = time.perf_counter()
-        self.record.total_seconds += self._lap()
-        tree = {
-            "position": asdict(self.position),
-            "open": self.open,
-            "steps": self.steps,
-            "method": self.method.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "losses": self.losses,
-            "references": self.references,
-            "record": self.record.as_dict(),
-            "random": seeds.get_state(self.session.device),
-            "log": self.log.size(),
-        }
-        try:
-            checkpoint.save_atomically(self.path, tree, fingerprint=self.session.fingerprint)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"checkpoint not saved ({error.strerror}) before {self.position}; {self._last_good()}"
-            ) from error
-        self.last_good = str(self.position)
-        self.saved_at, self.saved_steps = time.monotonic(), self.steps
-        self.record.checkpoint_seconds += time.perf_counter() - start
-
-    def _restore(self, path: Path) -> None:
-        tree = checkpoint.load(path, fingerprint=self.session.fingerprint, device=self.session.device)
-        try:
-            self.position, self.record = Position(**tree["position"]), Record(**tree["record"])
-            self.open, self.steps, self.losses = tree["open"], tree["steps"], tree["losses"]
-            self.references = tree["references"]
-            self.method.load_state_dict(tree["method"])
-            if self.scaler is not None:
-                self.scaler.load_state_dict(tree["scaler"])
-            seeds.set_state(tree["random"], self.session.device)
-            self.log.cut(tree["log"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{path}: does not fit this run ({type(error).__name__}: {error})") from error
-        self.saved_steps, self.last_good = self.steps, str(self.position)
-
-    # Counting ------------------------------------------------------------------------------------------------------
-
-    def _lap(self) -> float:
-        now = time.perf_counter()
-        passed, self.clock = now - self.clock, now
-        return passed
-
-    def _add_train_seconds(self, start: float) -> None:
-        self.record.train_seconds[-1] += time.perf_counter() - start
-
-    def _steps_of(self, index: int) -> int:
-        first = 0 if self.method.scope == "seen" else index
-        images = sum(len(task.train) for task in self.session.tasks[first : index + 1])
-        return -(-images // self.config.batch_size) * self.session.epochs
+            raise RunStopped(f"stopped by SIGTERM; {self.keeper.last_good()}; resume continues from there")
 
     def _total_steps(self) -> int:
-        return sum(self._steps_of(index) for index in range(len(self.session.tasks)))
-
-    def _done_steps(self) -> int:
-        return self.steps
+        tasks, total = self.session.tasks, 0
+        for index in range(len(tasks)):
+            first = 0 if self.method.scope == "seen" else index
+            images = sum(len(task.train) for task in tasks[first : index + 1])
+            total += -(-images // self.config.batch_size) * self.session.epochs
+        return total
 
 
 def _claim(out: Path, config: RunConfig) -> None:
     """Probe `out`, and refuse to write over a run that nobody asked to replace."""
-    last = out / "checkpoints" / "last.safetensors"
+    last = out / CHECKPOINT
     if last.exists() and not (config.resume or config.overwrite):
         raise FileExistsError(f"out: {out} holds a run already; resume it, overwrite it, or choose another directory")
     checkpoint.probe(out)
-    checkpoint.probe(out / "checkpoints")
+    checkpoint.probe(last.parent)
     if config.overwrite and not config.resume:
         for path in (last, out / "results.json", out / "metrics.jsonl"):
             path.unlink(missing_ok=True)

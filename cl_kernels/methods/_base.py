@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,91 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cl_kernels.methods._heads import HEAD_INITS, HEADS, Heads, class_means
-from cl_kernels.methods._schedule import SCHEDULES, multipliers
+from cl_kernels.methods._heads import Heads, class_means
+from cl_kernels.methods._options import Options
+from cl_kernels.methods._schedule import multipliers
 from cl_kernels.methods._task import Batch, Batches, Task, TaskRecord
 
-__all__ = ["HeadMethod", "Method", "Options", "require"]
-
-
-class Method(Protocol):
-    """One published method. It never owns the loop: a trainer calls, in this order and for each task::
-
-        method.begin_task(task)
-        for images, labels in ...:                    # `epochs` passes; `scheduler.step()` after each
-            method.optimizer.zero_grad()
-            method.loss((images, labels)).backward()
-            method.optimizer.step()
-        method.end_task(task, loader)                 # loader: the task's images in order, without augmentation
-        method.predict(images)                        # logits [B, classes seen]; columns in the order of `classes`
-
-    A method whose `optimizer` is None after `begin_task` does not train. `frozen` methods accept features [B, D] where
-    others need images. `scope` says what a task trains on: "task" (its own images) or "seen" (also all earlier ones).
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def scope(self) -> str: ...
-    @property
-    def frozen(self) -> bool: ...
-    @property
-    def optimizer(self) -> Optimizer | None: ...
-    @property
-    def scheduler(self) -> LambdaLR | None: ...
-    @property
-    def classes(self) -> list[int]: ...
-
-    def begin_task(self, task: Task) -> None: ...
-    def loss(self, batch: Batch) -> Tensor: ...
-    def end_task(self, task: Task, loader: Batches) -> None: ...
-    def features(self, images: Tensor) -> Tensor: ...
-    def logits(self, features: Tensor) -> Tensor: ...
-    def predict(self, images: Tensor) -> Tensor: ...
-    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]: ...
-    def subspace(self) -> dict[str, dict[str, dict[str, float]]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def require(name: str, ok: bool, wanted: str, value: object) -> None:
-    """Raise `ValueError` naming the option, what was wanted and what came."""
-    if not ok:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of every method with heads.
-
-    lr: None takes the method's default; head_lr: None takes `lr`. weight_decay: None takes the method's default. head,
-    head_scale: "cosine" logits `head_scale * cos`, or "linear". head_init: "class-means" (start as the nearest class
-    mean), "default" (torch's law for linear layers), "official" (NSP2's, method-null-space.md T6), "zeros".
-    temperature: logits are divided by it in the loss only. schedule: see `_schedule.multipliers`."""
-
-    lr: float | None = None
-    head_lr: float | None = None
-    weight_decay: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    head: str = "cosine"
-    head_scale: float = 16.0
-    head_init: str = "class-means"
-    temperature: float = 1.0
-    schedule: str = "constant"
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "head_lr", "weight_decay"):
-            value = getattr(self, name)
-            require(name, value is None or _number(value, 0.0, 1e3), "None or a number in [0, 1000]", value)
-        require("head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
-        require("head_init", self.head_init in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}", self.head_init)
-        require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}", self.schedule)
-        require("temperature", _number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
-        require("head_scale", _number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
-        require("eps", _number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)
-        ok = len(self.betas) == 2 and all(_number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
-        require("betas", ok, "two numbers in [0, 1)", self.betas)
+__all__ = ["HeadMethod"]
 
 
 class HeadMethod:
@@ -339,19 +257,5 @@ def _feature_dim(backbone: nn.Module) -> int:
     return width
 
 
-def _number(value: object, low: float, high: float) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low <= value <= high
-    )
-
-
 def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape
-
-
-def option_defaults(options: type[Options]) -> dict[str, Any]:
-    """Name and default of every option."""
-    return {field.name: field.default for field in dataclasses.fields(options)}

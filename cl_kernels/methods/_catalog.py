@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from cl_kernels.methods._base import HeadMethod, Method, Options, option_defaults
+from cl_kernels.methods._base import HeadMethod
+from cl_kernels.methods._options import Options, option_defaults
+from cl_kernels.methods._protocol import Method
 from cl_kernels.methods.class_mean import ClassMean
 from cl_kernels.methods.full import Full
 from cl_kernels.methods.joint import JointOptions, create_joint

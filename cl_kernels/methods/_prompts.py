@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from cl_kernels.methods._base import HeadMethod, Options, require
+from cl_kernels.methods._base import HeadMethod
+from cl_kernels.methods._options import Options, require
 from cl_kernels.nn import PromptedViT
 from cl_kernels.optim import ProjectedAdam
 from cl_kernels.subspace import SubspaceStore

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cl_kernels.methods._base import require
+from cl_kernels.methods._options import require
 from cl_kernels.ops import Projector, Sides, rules
 from cl_kernels.subspace import SubspaceStore
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cl_kernels.methods._base import HeadMethod, Options
+from cl_kernels.methods._base import HeadMethod
 from cl_kernels.methods._heads import class_means
+from cl_kernels.methods._options import Options
 from cl_kernels.methods._task import Batch, Batches, Task
 
 __all__ = ["ClassMean"]

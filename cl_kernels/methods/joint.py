@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cl_kernels.methods._base import HeadMethod, Options, require
+from cl_kernels.methods._base import HeadMethod
+from cl_kernels.methods._options import Options, require
 from cl_kernels.methods._prompts import PromptMethod, PromptOptions
 from cl_kernels.methods._task import Task
 from cl_kernels.methods._weights import WeightMethod, WeightOptions

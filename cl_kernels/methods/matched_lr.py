@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cl_kernels.methods._base import HeadMethod, Options, require
+from cl_kernels.methods._base import HeadMethod
+from cl_kernels.methods._options import Options, require
 from cl_kernels.methods._prompts import PromptMethod, PromptOptions
 from cl_kernels.methods._subspaces import matched
 from cl_kernels.methods._weights import WeightMethod, WeightOptions

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cl_kernels.methods._base import Options, require
+from cl_kernels.methods._options import Options, require
 from cl_kernels.methods._prompts import PromptMethod, PromptOptions
 from cl_kernels.methods._subspaces import Report, check_rule, new_store, parse_rule, restored_store, side_report
 from cl_kernels.methods._task import Batches, Task

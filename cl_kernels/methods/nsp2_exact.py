@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_kernels.methods._base import Options
+from cl_kernels.methods._options import Options
 from cl_kernels.methods.nsp2 import NSP2, NSP2Options
 
 __all__ = ["NSP2Exact", "NSP2ExactOptions", "joint_tangent"]

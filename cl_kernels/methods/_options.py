@@ -1,0 +1,67 @@
+"""Options of methods: frozen dataclasses that check their values, so that a wrong one is refused before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from cl_kernels.methods._heads import HEAD_INITS, HEADS
+from cl_kernels.methods._schedule import SCHEDULES
+
+__all__ = ["Options", "option_defaults", "require"]
+
+
+def require(name: str, ok: bool, wanted: str, value: object) -> None:
+    """Raise `ValueError` naming the option, what was wanted and what came."""
+    if not ok:
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every method with heads.
+
+    lr: None takes the method's default; head_lr: None takes `lr`. weight_decay: None takes the method's default. head,
+    head_scale: "cosine" logits `head_scale * cos`, or "linear". head_init: "class-means" (start as the nearest class
+    mean), "default" (torch's law for linear layers), "official" (NSP2's, method-null-space.md T6), "zeros".
+    temperature: logits are divided by it in the loss only. schedule: see `_schedule.multipliers`."""
+
+    lr: float | None = None
+    head_lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    head: str = "cosine"
+    head_scale: float = 16.0
+    head_init: str = "class-means"
+    temperature: float = 1.0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr", "weight_decay"):
+            value = getattr(self, name)
+            require(name, value is None or _number(value, 0.0, 1e3), "None or a number in [0, 1000]", value)
+        require("head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
+        require("head_init", self.head_init in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}", self.head_init)
+        require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}", self.schedule)
+        require("temperature", _number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
+        require("head_scale", _number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
+        require("eps", _number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)
+        ok = len(self.betas) == 2 and all(_number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
+        require("betas", ok, "two numbers in [0, 1)", self.betas)
+
+
+def option_defaults(options: type[Options]) -> dict[str, Any]:
+    """Name and default of every option."""
+    return {field.name: field.default for field in dataclasses.fields(options)}
+
+
+def _number(value: object, low: float, high: float) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    )

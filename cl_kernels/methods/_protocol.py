@@ -1,0 +1,53 @@
+"""What a trainer may rely on in a method."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cl_kernels.methods._task import Batch, Batches, Task
+
+__all__ = ["Method"]
+
+
+class Method(Protocol):
+    """One published method. It never owns the loop: a trainer calls, in this order and for each task::
+
+        method.begin_task(task)
+        for images, labels in ...:                    # `epochs` passes; `scheduler.step()` after each
+            method.optimizer.zero_grad()
+            method.loss((images, labels)).backward()
+            method.optimizer.step()
+        method.end_task(task, loader)                 # loader: the task's images in order, without augmentation
+        method.predict(images)                        # logits [B, classes seen]; columns in the order of `classes`
+
+    A method whose `optimizer` is None after `begin_task` does not train. `frozen` methods accept features [B, D] where
+    others need images. `scope` says what a task trains on: "task" (its own images) or "seen" (also all earlier ones).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def frozen(self) -> bool: ...
+    @property
+    def optimizer(self) -> Optimizer | None: ...
+    @property
+    def scheduler(self) -> LambdaLR | None: ...
+    @property
+    def classes(self) -> list[int]: ...
+
+    def begin_task(self, task: Task) -> None: ...
+    def loss(self, batch: Batch) -> Tensor: ...
+    def end_task(self, task: Task, loader: Batches) -> None: ...
+    def features(self, images: Tensor) -> Tensor: ...
+    def logits(self, features: Tensor) -> Tensor: ...
+    def predict(self, images: Tensor) -> Tensor: ...
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]: ...
+    def subspace(self) -> dict[str, dict[str, dict[str, float]]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
