@@ -100,7 +100,7 @@ def _outcomes(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, dict[s
     """(index, results or reason of failure) as they finish."""
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started threads
     workers = min(processes, len(jobs))
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_no_bars) as pool:
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_start_worker) as pool:
         waiting: dict[Future[dict[str, Any]], int] = {pool.submit(work, job): i for i, job in enumerate(jobs)}
         try:
             for future in as_completed(waiting):
@@ -120,18 +120,18 @@ class _Plain(io.TextIOBase):
         return sys.__stderr__.write(text) if sys.__stderr__ is not None else len(text)
 
 
-def _no_bars() -> None:
+def _start_worker() -> None:
+    import torch
+
+    torch.set_num_threads(1)
     sys.stderr = _Plain()
 
 
 def work(job: Job) -> dict[str, Any]:
     """One run, in a worker process: taken from disk if it is finished, continued if it was interrupted."""
-    import torch
-
     from cl_kernels import continual
     from cl_kernels.errors import CheckpointError
 
-    torch.set_num_threads(1)
     config = continual.RunConfig(**job.settings, out=job.out, resume=True, threads=1)
     finished = Path(job.out) / "results.json"
     if finished.is_file():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,37 +57,32 @@ def test_streams_and_rows_override_each_other(demo: ModuleType, tmp_path: Path) 
         demo.plan(file, 1, Path("out"), quick=False)
 
 
-def run_demo(*words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "demo.py"), *words],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-
-
-def test_two_rows_for_real(tmp_path: Path) -> None:
+def test_rows_for_real(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     pytest.importorskip("timm", reason="the backbone is a timm model")
-    settings = tmp_path / "demo.toml"
+    monkeypatch.syspath_prepend(ROOT / "examples")  # the worker process imports the driver by name
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings, out = tmp_path / "demo.toml", tmp_path / "out"
     settings.write_text(
         '[run]\ntasks = 5\nepochs = 1\n[[row]]\nlabel = "means"\nmethod = "class-mean"\n'
         '[[row]]\nlabel = "heads"\nmethod = "linear"\n[[row]]\nlabel = "broken"\nmethod = "linear"\nlr = -1\n'
     )
-    words = ("--settings", str(settings), "--out", str(tmp_path / "out"), "--quick", "--seeds", "1", "--jobs", "1")
-    first = run_demo(*words)
-    assert first.returncode == 1, "one row cannot run"
-    assert "failed: broken, seed 0: ValueError: lr" in first.stdout
-    record: dict[str, Any] = json.loads((tmp_path / "out" / "results.json").read_text())
+    words = ["--settings", str(settings), "--out", str(out), "--quick", "--seeds", "1", "--jobs", "1"]
+    assert demo.main(words) == 1, "one row cannot run"
+    said = capsys.readouterr().out
+    assert "failed: broken, seed 0: ValueError: lr" in said
+    record: dict[str, Any] = json.loads((out / "results.json").read_text())
     assert [run["label"] for run in record["runs"]] == ["means", "heads"]
     assert record["quick"] is True
     mean = record["runs"][0]["average_accuracy"]
     assert mean > 0.3, "better than chance on ten classes"
-    page = (tmp_path / "out" / "report.html").read_text()
-    for text in (first.stdout, page):
+    for text in (said, (out / "report.html").read_text()):
         assert "means" in text
         assert f"{100 * mean:.1f}" in text
-    stamp = (tmp_path / "out" / "runs" / "0-means-seed0" / "results.json").stat().st_mtime_ns
-    settings.write_text(settings.read_text().replace('method = "linear"\nlr = -1\n', 'method = "class-mean"\n'))
-    second = run_demo(*words)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert (tmp_path / "out" / "runs" / "0-means-seed0" / "results.json").stat().st_mtime_ns == stamp, "skipped"
+    means, heads, _ = demo.plan(settings, 1, out, quick=True)
+    assert demo.work(means) == record["runs"][0], "a finished run is taken from disk"
+    other = demo.work(demo.Job(means.label, means.title, means.out, {**means.settings, "tasks": 2}))
+    assert len(other["accuracy_matrix"]) == 2, "a run with other settings replaces it"
+    assert Path(heads.out, "results.json").is_file()
