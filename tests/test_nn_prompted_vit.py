@@ -400,3 +400,23 @@ def test_prompt_keys_cost_less_than_prompt_rows() -> None:
             ours.append(middle - start)
             naive.append(time.perf_counter() - middle)
     assert min(ours) < 0.5 * min(naive)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
+)
+def test_mass_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
+    """The log-sum-exp of torch's CUDA kernels is used, and is the one of the definition."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from cl_kernels.nn import _attention
+
+    q, k, v = (torch.randn(2, 4, 197, 64, device="cuda", dtype=dtype) for _ in range(3))
+    prompt = torch.randn(1, 4, 4, 64, device="cuda", dtype=dtype)
+    keys, values = torch.cat((k, prompt.expand(2, -1, -1, -1)), 2), torch.cat((v, prompt.expand(2, -1, -1, -1)), 2)
+    assert _attention._fused(q, keys, values, 0.125) is not None
+    out, mass = _attention.attend_with_mass(q, keys, values, prompt, 0.125)
+    exact = (q.double() @ keys.double().mT / 8).softmax(-1)
+    assert (mass.double() - exact[..., 197:]).norm() <= bound * exact[..., 197:].norm()
+    assert (out.double() - exact @ values.double()).norm() <= bound * out.double().norm()

@@ -67,14 +67,15 @@ def protected_rank(projector: Projector) -> int | None:
     if projector.dense is not None:
         return None
     columns = int((projector.basis != 0).any(dim=-2).sum()) if projector.rank else 0
-    if _frozen(projector):
-        return projector.dim
-    return columns if float(projector.span) >= 0 else projector.dim - columns
+    if float(projector.span) == 0:
+        return projector.dim if _frozen(projector) else 0
+    return columns if float(projector.span) > 0 else projector.dim - columns
 
 
 def _frozen(projector: Projector) -> bool:
-    """(1 - mix) I: how `from_form` writes that every direction is protected."""
-    return float(projector.span) == 0 and float(projector.identity) != 1
+    """0, or (1 - mix) I with an empty basis of free directions, whose span is -0.0; c I with span 0.0 only scales."""
+    identity, span = float(projector.identity), float(projector.span)
+    return span == 0 and (identity == 0 or (identity != 1 and math.copysign(1.0, span) < 0))
 
 
 def free_share(projector: Projector) -> float:
@@ -99,7 +100,7 @@ def form_of(name: str, projector: Projector) -> Form:
     on_free, on_protected, size = (identity, identity - span, span) if span >= 0 else (identity - span, identity, -span)
     protected = basis if span >= 0 else complement(basis)
     free = protected.shape[0] - protected.shape[1]
-    if free == 0 or size == 0:
+    if free == 0 or (size == 0 and identity == 1):
         return Form(protected, 1.0 - on_protected, None) if free == 0 else Form(protected[:, :0], 0.0, None)
     if math.isclose(on_free, 1.0, abs_tol=1e-6):
         return Form(protected, size, False)
@@ -114,7 +115,7 @@ def from_form(form: Form, like: Tensor) -> Projector:
     dimension, rank = form.protected.shape
     free = dimension - rank
     if free == 0:
-        return Projector(form.protected.new_empty(dimension, 0).to(like), 1.0 - form.mix, 0.0)
+        return Projector(form.protected.new_empty(dimension, 0).to(like), 1.0 - form.mix, -0.0)
     size = form.mix / math.sqrt(free) if form.normalized else form.mix
     if rank <= free:
         return Projector(form.protected.to(like), size + 1.0 - form.mix, size)

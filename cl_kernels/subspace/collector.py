@@ -17,8 +17,9 @@ from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.subspace import _layers
 from cl_kernels.subspace._moments import Moments, unguarded
 from cl_kernels.subspace._names import checked_name
+from cl_kernels.subspace._plans import Plan, prompt_plans, refuse_large
 from cl_kernels.subspace._reduce import all_reduce_sums
-from cl_kernels.subspace.prompts import Plan, Prompted, PromptMoments, prompt_plans
+from cl_kernels.subspace.prompts import Prompted, PromptMoments
 from cl_kernels.subspace.prompts import read as read_prompts
 
 __all__ = ["CovarianceCollector"]
@@ -85,7 +86,7 @@ class CovarianceCollector:
         else:
             self._layers = [] if self._model is None else _layers.resolve(self._model, targets)
             self._plans = {name: Plan((_layers.width(module, what),)) for name, module in self._layers}
-        self._refuse_large(self._plans)
+        refuse_large(self._plans, dtype, max_bytes)
 
     # ------------------------------------------------------------------------------------------------ the with block
     def __enter__(self) -> CovarianceCollector:
@@ -172,7 +173,7 @@ class CovarianceCollector:
             raise ValueError(f"x: expected a real floating-point tensor [..., d], got {type(x).__name__}")
         if key not in self._plans:
             plan = Plan((x.shape[-1],))
-            self._refuse_large({**self._plans, key: plan})
+            refuse_large({**self._plans, key: plan}, self.dtype, self.max_bytes)
             self._plans[key] = plan
         elif self._plans[key] != Plan((x.shape[-1],)):
             raise SubspaceMismatchError(
@@ -259,19 +260,6 @@ class CovarianceCollector:
         if not isinstance(self._model, Prompted):
             raise ValueError("model: what='prompt' needs a model with prompts, such as PromptedViT")
         return self._model
-
-    def _refuse_large(self, plans: dict[str, Plan]) -> None:
-        needed = {name: plan.nbytes(self.dtype) for name, plan in plans.items()}
-        total = sum(needed.values())
-        if self.max_bytes is None or total <= self.max_bytes:
-            return
-        largest = sorted(needed, key=lambda name: needed[name], reverse=True)[:5]
-        shown = ", ".join(f"{name} ({needed[name]:,} bytes)" for name in largest)
-        raise ValueError(
-            f"max_bytes: {total:,} bytes are needed, {self.max_bytes:,} allowed; largest layers: {shown}. "
-            'Keep the sums elsewhere with device="cpu" and a larger max_bytes, halve them with dtype=torch.float32, '
-            "or choose fewer layers with targets="
-        )
 
 
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:

@@ -53,20 +53,19 @@ def tangent_update(update: Tensor, prompts: Tensor, right: Projector, left: Proj
     order only.
 
     update and prompts [..., M, D]; `right` and `left` unnormalised and unmixed (eigenvalues 0 and 1), `right` built
-    from a folded matrix. Cost: one product with B and an [M, M] pseudo-inverse in fp64.
+    from a folded matrix; they may be batched. Cost: one product with B and an [M, M] pseudo-inverse in fp64.
     """
     _same_shape(update, prompts)
-    x, centred = update.double(), _centred(prompts)
-    normal = right.to(torch.float64).apply(centred)
-    overlap = normal @ centred.mT
-    if left is None:
-        system = torch.diag_embed(overlap.diagonal(dim1=-2, dim2=-1))
-    else:
-        system = left.to(torch.float64).matrix() * overlap
-    system = (system + system.mT) / 2
+    x, centred = _wide(update), _centred(prompts)
+    normal = right.to(x.dtype).apply(centred)
+    overlap = (normal @ centred.mT).double()
+    system = torch.diag_embed(overlap.diagonal(dim1=-2, dim2=-1))
+    if left is not None:
+        system = left.to(x.dtype).matrix() * (overlap + overlap.mT) / 2
     along = (normal * x).sum(dim=-1, keepdim=True)
-    removed = torch.linalg.pinv(system, rtol=1e-12, hermitian=True) @ along * normal
-    return (x - (removed if left is None else left.to(torch.float64).apply(removed, "left"))).to(update.dtype)
+    share = torch.linalg.pinv(system, rtol=torch.finfo(x.dtype).eps * 64, hermitian=True) @ along.double()
+    removed = share.to(x.dtype) * normal
+    return (x - (removed if left is None else left.to(x.dtype).apply(removed, "left"))).to(update.dtype)
 
 
 def sphere_update(update: Tensor, prompts: Tensor, right: Projector) -> Tensor:
@@ -77,16 +76,20 @@ def sphere_update(update: Tensor, prompts: Tensor, right: Projector) -> Tensor:
     """
     _same_shape(update, prompts)
     centred = _centred(prompts)
-    inside = right.to(torch.float64).apply(centred)
+    inside = right.to(centred.dtype).apply(centred)
     moved = inside + _centred(update)
-    tiny = torch.finfo(torch.float64).tiny
+    tiny = torch.finfo(centred.dtype).tiny
     length = inside.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
     rotated: Tensor = length * moved - inside
     return rotated.to(update.dtype)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _centred(x: Tensor) -> Tensor:
-    wide = x.double()
+    wide = _wide(x)
     return wide - wide.mean(dim=-1, keepdim=True)
 
 

@@ -7,9 +7,9 @@ sufficient statistic, 156 times cheaper at ViT-B than forming J1 (method-null-sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from cl_kernels import ops
 from cl_kernels.subspace._moments import Moments, PromptCovariance, Sums
 
-__all__ = ["Plan", "PromptMoments", "Prompted", "prompt_plans", "read"]
+__all__ = ["PromptMoments", "Prompted", "read"]
 
 
 @runtime_checkable
@@ -87,33 +87,3 @@ def read(name: str, sums: tuple[Sums, ...], key_weight: Tensor, centred: bool) -
     total = torch.einsum("hk,hkd->d", queries.total.double(), heads)
     expanded = Sums((right + right.mT) / 2, total, queries.weight, queries.rows, queries.updates, None)
     return PromptCovariance(mass.covariance(centred), expanded.covariance(centred))
-
-
-class Plan(NamedTuple):
-    """What a layer will need: the shape of its totals, and the number of prompts of a prompted block."""
-
-    shape: tuple[int, ...]
-    prompts: int = 0
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of its state."""
-        *heads, last = self.shape
-        numbers = (last + 1) * last * (heads[0] if heads else 1) + self.prompts * (self.prompts + 1)
-        return numbers * torch.empty((), dtype=dtype).element_size()
-
-    def state(self, dtype: torch.dtype, device: torch.device) -> Moments | PromptMoments:
-        """Zeros of that size."""
-        if self.prompts:
-            heads, last = self.shape
-            return PromptMoments((heads, last), self.prompts, dtype=dtype, device=device)
-        return Moments(self.shape, dtype, device)
-
-
-def prompt_plans(model: Any) -> Iterator[tuple[str, Plan]]:
-    """One plan a prompted block. Raises `ValueError` for a model without prompts that can be observed."""
-    if not isinstance(model, Prompted):
-        raise ValueError(
-            f"model: what='prompt' needs a model with prompts, such as PromptedViT, got {type(model).__name__}"
-        )
-    for index in model.prompted_blocks:
-        yield f"prompts.{index}", Plan(model.heads(index), model.num_prompts)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +17,13 @@ from cl_kernels.ops import Projector, Sides
 from cl_kernels.subspace import _algebra, _files
 from cl_kernels.subspace._merge import OnFull, check_on_full, merged
 from cl_kernels.subspace._names import checked_name, plain_name
+from cl_kernels.subspace._report import SideReport, side_reports
 from cl_kernels.subspace._state import flatten, unflatten
 
 __all__ = ["SideReport", "SubspaceStore"]
 
 FORMAT = "cl_kernels.subspace"
 VERSION = 1
-
-
-class SideReport(TypedDict):
-    """One row of `SubspaceStore.report()`; `rank` counts protected directions and is None for a dense projector."""
-
-    layer: str
-    side: str
-    dimension: int
-    rank: int | None
-    energy: float | None
-    condition: float | None
-    orthogonality_error: float
 
 
 class SubspaceStore(MutableMapping[str, Projector | Sides]):
@@ -152,23 +141,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
 
     def report(self) -> list[SideReport]:
         """One row per layer and side: dimension, protected rank, energy, condition, orthogonality error."""
-        rows: list[SideReport] = []
-        for name, sides in self._entries.items():
-            for side, projector in zip(Sides._fields, sides, strict=True):
-                if projector is None:
-                    continue
-                rows.append(
-                    SideReport(
-                        layer=name,
-                        side=side,
-                        dimension=projector.dim,
-                        rank=_algebra.protected_rank(projector),
-                        energy=self._notes[name].get(f"{side}/energy"),
-                        condition=self._notes[name].get(f"{side}/condition"),
-                        orthogonality_error=_algebra.orthogonality_error(projector),
-                    )
-                )
-        return rows
+        return [row for name, sides in self._entries.items() for row in side_reports(name, sides, self._notes[name])]
 
     def to(self, *args: Any, **kwargs: Any) -> SubspaceStore:
         """Convert every projector in place as `Tensor.to` does, and return the store."""
