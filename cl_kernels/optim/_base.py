@@ -147,7 +147,7 @@ class ProjectedOptimizer(Optimizer):
         group = self.param_groups[-1]
         names, before = group.get("param_names"), dict(self._names)
         if names is not None:
-            self._names.update(zip(group["params"], map(_names.canonical, names), strict=True))
+            self._names.update(zip(group["params"], map(_names.plain_name, names), strict=True))
         try:
             self._check_group(group)
             if self._store is not None:
@@ -180,7 +180,7 @@ class ProjectedOptimizer(Optimizer):
         store: Store | None = None
         if "tensors" in saved:
             devices = {name: parameter.device for parameter, name in self._names.items()}
-            store = _subspace.embedded(saved["tensors"], prints, devices)
+            store = _subspace.embedded(saved["tensors"], devices)
         elif strict and prints:
             self._same_subspace(prints)
         super().load_state_dict(state_dict)

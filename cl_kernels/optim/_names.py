@@ -8,20 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["canonical", "grouped", "named", "rebind", "settle"]
+from cl_kernels.subspace._names import plain_name
 
-
-def canonical(name: str) -> str:
-    """The name without what DDP ("module.") and torch.compile ("_orig_mod.") put before it."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.split(".", 1)[1]
-    return name.replace("._orig_mod.", ".")
+__all__ = ["grouped", "named", "plain_name", "rebind", "settle"]
 
 
 def named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
     """Names by parameter, of a module or of what `named_parameters()` gave."""
     pairs = model.named_parameters() if isinstance(model, nn.Module) else model
-    return {parameter: canonical(name) for name, parameter in pairs}
+    return {parameter: plain_name(name) for name, parameter in pairs}
 
 
 def grouped(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:

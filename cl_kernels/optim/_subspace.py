@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -12,8 +11,9 @@ from torch import Tensor
 from cl_kernels.errors import SubspaceError, SubspaceMismatchError
 from cl_kernels.ops._projector import Projector, Sides
 from cl_kernels.ops.projection import BASIS, DENSE, NONE, Side, matrix_shape, side_of
+from cl_kernels.subspace import SubspaceStore
 
-__all__ = ["FrozenStore", "Prepared", "Store", "as_store", "embedded", "leak", "prepare", "tensors_of"]
+__all__ = ["Prepared", "Store", "as_store", "embedded", "leak", "prepare", "tensors_of"]
 
 Prepared = tuple[Side, Side]
 _ORTHONORMAL = 1e-5  # largest entry of V^T V - I; float32 solvers reach 1e-6, half of that is rounding of V itself
@@ -31,46 +31,14 @@ class Store(Protocol):
     def fingerprint(self, name: str) -> str: ...
 
 
-class FrozenStore:
-    """A store made from a plain dictionary, as it is now."""
-
-    version = 0
-
-    def __init__(self, values: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> None:
-        self._sides = {name: Sides.of(value) for name, value in values.items()}
-        self._fingerprints = dict(fingerprints or {})
-
-    def keys(self) -> Iterable[str]:
-        return self._sides.keys()
-
-    def sides(self, name: str) -> Sides:
-        return self._sides[name]
-
-    def fingerprint(self, name: str) -> str:
-        """Sizes, scales and blake2b of the matrices."""
-        if name not in self._fingerprints:
-            digest = hashlib.blake2b(digest_size=16)
-            for side in self._sides[name]:
-                for field in side or (None,):
-                    digest.update(_bytes(field) if isinstance(field, Tensor) else repr(field).encode())
-            self._fingerprints[name] = digest.hexdigest()
-        return self._fingerprints[name]
-
-
-def _bytes(value: Tensor) -> bytes:
-    flat = value.detach().cpu().reshape(-1)
-    return f"{tuple(value.shape)}{value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
-
-
 def as_store(value: Any) -> Store | None:
-    """`value` as a store: a `SubspaceStore`, anything like it, or a plain mapping from names to projectors."""
+    """`value` as a store: a `SubspaceStore`, anything like it, or a mapping of names to projectors, as it is now."""
     if value is None or all(hasattr(value, name) for name in ("keys", "sides", "fingerprint", "version")):
         return value  # type: ignore[no-any-return]  # checked by its attributes
     if isinstance(value, Mapping):
-        return FrozenStore(value)
-    raise TypeError(
-        f"subspace: expected a SubspaceStore or a mapping of names to projectors, got {type(value).__name__}"
-    )
+        return SubspaceStore(value)
+    kind = type(value).__name__
+    raise TypeError(f"subspace: expected a SubspaceStore or a mapping of names to projectors, got {kind}")
 
 
 def prepare(name: str, parameter: Tensor, sides: Sides) -> Prepared | None:
@@ -147,12 +115,11 @@ def tensors_of(store: Store) -> dict[str, list[dict[str, Any] | None]]:
     return {name: [None if s is None else dict(s._asdict()) for s in store.sides(name)] for name in store.keys()}  # noqa: SIM118 - a Protocol, not a dict
 
 
-def embedded(
-    values: Mapping[str, Any], fingerprints: Mapping[str, str], device: Mapping[str, torch.device]
-) -> FrozenStore:
+def embedded(values: Mapping[str, Any], devices: Mapping[str, torch.device]) -> Store:
     """The inverse of `tensors_of`, on the devices of the parameters."""
+    cpu = torch.device("cpu")
     sides = {
-        name: Sides(*(None if s is None else Projector(**s).to(device.get(name, torch.device("cpu"))) for s in pair))
+        name: Sides(*(None if s is None else Projector(**s).to(devices.get(name, cpu)) for s in pair))
         for name, pair in values.items()
     }
-    return FrozenStore(sides, fingerprints)
+    return SubspaceStore(sides)

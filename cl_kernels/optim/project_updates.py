@@ -25,7 +25,7 @@ class ProjectedUpdates:
         self._before: list[tuple[Tensor, Tensor, _subspace.Prepared]] = []
         for group in optimizer.param_groups:
             names = group.get("param_names", ())
-            self._names.update(zip(group["params"], map(_names.canonical, names), strict=False))
+            self._names.update(zip(group["params"], map(_names.plain_name, names), strict=False))
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._keep()),
             optimizer.register_step_post_hook(lambda *_: self._project()),
