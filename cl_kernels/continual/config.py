@@ -46,7 +46,8 @@ class RunConfig:
         domains: of ``continual.transforms.names()``, one per task of a domain stream; in a class stream they are
             applied to the tasks in turn (one name: to every task), none by default.
         options: further keyword arguments of ``methods.create(method, backbone, **options)``.
-        strict: stop at the first broken image instead of counting it.
+        strict: stop at the first broken image instead of counting it, and at a CUDA algorithm that has no deterministic
+            form instead of warning.
         quick: 1 epoch, and at most 40 training and 20 test images of a class.
         checkpoint_minutes, checkpoint_steps: save this often inside a task; one is always saved at a task's end.
         precision: ``auto`` is bf16 autocast on CUDA devices that have it, float32 everywhere else; ``float16`` uses a

@@ -50,7 +50,7 @@ def set_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device, threads: int | None) -> Iterator[None]:
+def seeded(seed: int, device: torch.device, threads: int | None, *, strict: bool = False) -> Iterator[None]:
     """Seed all generators, ask CUDA for deterministic algorithms, set the CPU threads; everything is undone at the
     end."""
     before, deterministic = get_state(device), torch.are_deterministic_algorithms_enabled()
@@ -62,7 +62,7 @@ def seeded(seed: int, device: torch.device, threads: int | None) -> Iterator[Non
         torch.set_num_threads(threads)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat a sum exactly
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
     try:
         yield
     finally:

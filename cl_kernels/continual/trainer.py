@@ -84,7 +84,7 @@ def run(
     if out is not None:
         _claim(out, config)
     started = time.perf_counter()
-    with seeds.seeded(config.seed, pick_device(config.device), config.threads):
+    with seeds.seeded(config.seed, pick_device(config.device), config.threads, strict=config.strict):
         trainer = _Trainer(open_session(config, data, backbone), out, started)
         try:
             with _on_sigterm(trainer.stop):
