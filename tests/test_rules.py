@@ -130,6 +130,8 @@ def test_scaling_the_matrix_changes_nothing(rule):
         (lambda: Rank(-1), ValueError),
         (lambda: Rank(2.5), TypeError),
         (lambda: Knee(sigma=0), ValueError),
+        (lambda: Knee(sigma=1e9), ValueError),
+        (lambda: Knee(sigma=float("nan")), ValueError),
         (lambda: Knee(trim=1.0), ValueError),
         (lambda: Knee(offset=float("nan")), ValueError),
         (lambda: Knee(ties="middle"), ValueError),

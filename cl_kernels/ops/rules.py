@@ -18,6 +18,7 @@ from cl_kernels.ops import _checks
 
 __all__ = ["Energy", "Knee", "PaperKnee", "Rank", "RatioToLargest", "RatioToSmallest", "Rule", "Threshold"]
 
+SIGMA_MOST = 1e4  # the kernel has 8 sigma entries
 SMOOTHED_FROM = 128  # shorter spectra are neither smoothed nor trimmed (NSP2 repository, train_eval.py:643-669)
 
 
@@ -49,8 +50,8 @@ class Knee:
     ties: Literal["raise", "first", "last"] = "raise"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ValueError(f"Invalid sigma value: {self.sigma} (expected a finite number > 0)")
+        if not 0 < _checks.number("sigma", self.sigma) <= SIGMA_MOST:
+            raise ValueError(f"Invalid sigma value: {self.sigma} (expected 0 < sigma <= {SIGMA_MOST:g})")
         _checks.number("trim", self.trim, 0.0, 1.0, closed=False)
         _checks.number("offset", self.offset)
         if not math.isfinite(self.offset):
@@ -198,7 +199,7 @@ def _second_difference(curve: Tensor) -> Tensor:
 def _smooth(curve: Tensor, sigma: float) -> Tensor:
     """Gaussian smoothing with half-sample symmetric ends (d c b a | a b c d | d c b a), cut off at 4 sigma."""
     n, radius = curve.numel(), int(4 * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    weights = torch.exp(-0.5 * (offsets / sigma).double().square())
-    place = (torch.arange(n)[:, None] + offsets).remainder(2 * n)
-    return curve[torch.minimum(place, 2 * n - 1 - place)] @ (weights / weights.sum())
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).double().square())
+    place = torch.arange(-radius, n + radius).remainder(2 * n)
+    extended = curve[torch.minimum(place, 2 * n - 1 - place)]
+    return torch.nn.functional.conv1d(extended[None, None], (weights / weights.sum())[None, None])[0, 0]
