@@ -112,7 +112,7 @@ def run(out: Path, device: dict[str, Any]) -> dict[str, Any]:
     files = gpu_test_files()
     if files:
         # -P: the package that was just built, not the folder it was built from.
-        pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
         go("tests", [*pytest, "-m", "gpu", *files], keep=120, fine=(0, 5))
     else:
         steps["tests"] = {"status": "not run: no test is marked gpu"}

@@ -53,7 +53,20 @@ def sanitize(limit_s: float) -> dict[str, str]:
                 continue
             watch = [sanitizer, "--tool", tool, "--error-exitcode", str(FAULT)]
             watch += ["--target-processes", "application-only", "--kernel-name", "kernel_substring=cl_"]
-            command = [*watch, sys.executable, "-P", "-m", "pytest", "-q", "-x", "-m", "gpu and not slow", file]
+            command = [
+                *watch,
+                sys.executable,
+                "-P",
+                "-m",
+                "pytest",
+                "-q",
+                "-o",
+                "addopts=",
+                "-x",
+                "-m",
+                "gpu and not slow",
+                file,
+            ]
             try:
                 code = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, timeout=left, check=False).returncode
                 words = {0: "clean", 5: "clean: no quick test in it", FAULT: "FINDINGS"}
