@@ -247,6 +247,21 @@ def test_mass_from_log_sum_exp_on_unit_normal_scores(dtype: torch.dtype, bound: 
         assert (out.double() - exact @ values.double()).norm() <= bound * out.norm()
 
 
+def test_mass_under_autocast_is_not_rounded_to_16_bits() -> None:
+    backbone = vit()
+    model = PromptedViT(backbone, depth=[0])
+    seen: dict[torch.dtype, Tensor] = {}
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        model.observe(lambda i, q, s: seen.update({q.dtype: s})),
+    ):
+        model(images(backbone))
+    assert seen.keys() == {torch.bfloat16}
+    assert seen[torch.bfloat16].dtype == torch.float32
+    assert not torch.equal(seen[torch.bfloat16], seen[torch.bfloat16].bfloat16().float())
+
+
 def test_observing_while_training_keeps_the_gradient() -> None:
     backbone = vit().double()
     x = images(backbone, dtype=torch.float64)

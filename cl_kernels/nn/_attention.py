@@ -87,7 +87,7 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, prompt_key: Tensor, scale:
 
     The output keeps its gradient; S_P is detached. Where fused attention gives its log-sum-exp, no map is formed.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # autocast would round the scores to 16 bits
         fused = _fused(q.detach(), k.detach(), v.detach(), scale)
         wide = torch.promote_types(q.dtype, torch.float32)
         lse = (q @ k.mT).to(wide).mul_(scale).logsumexp(-1) if fused is None else fused[1]

@@ -143,8 +143,7 @@ class PromptedViT(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         embed = self.backbone.patch_embed
         size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-        channels = int(embed.proj.weight.shape[1]) if hasattr(embed, "proj") else None
-        wanted = (channels, *(size or (None, None)))
+        wanted = (getattr(self.backbone, "in_chans", None), *(size or (None, None)))
         fits = images.ndim == 4 and all(w in (None, s) for w, s in zip(wanted, images.shape[1:], strict=True))
         if not fits:
             shape = ", ".join("any" if w is None else str(w) for w in wanted)
