@@ -1,9 +1,9 @@
 """The one place that imports timm, and the reason it is one place: torchvision beside a CPU build of torch.
 
-timm imports torchvision. A torchvision wheel built for CUDA cannot load its operators beside a CPU torch; its import then
-fails with ``operator torchvision::nms does not exist`` although nothing here (nor in timm's ViTs) uses those operators.
-Declaring their two schemas is enough for the import to pass. That is done only when torch has no CUDA and torchvision has
-already failed for this very reason.
+timm imports torchvision. A torchvision wheel built for CUDA cannot load its operators beside a CPU torch; its import
+then fails with ``operator torchvision::nms does not exist``, although nothing here (nor in timm's ViTs) uses those
+operators. Declaring their two schemas is enough for the import to pass. That is done only when torch has no CUDA and
+torchvision has already failed for this very reason.
 """
 
 from __future__ import annotations

@@ -65,7 +65,11 @@ class Projector(NamedTuple):
 
     def to(self, *args: Any, **kwargs: Any) -> Projector:
         """A copy converted as `Tensor.to` converts; numbers stay numbers."""
-        return Projector(*(field.to(*args, **kwargs) if isinstance(field, Tensor) else field for field in self))
+        identity, span = (
+            scale.to(*args, **kwargs) if isinstance(scale, Tensor) else scale for scale in (self.identity, self.span)
+        )
+        dense = None if self.dense is None else self.dense.to(*args, **kwargs)
+        return Projector(self.basis.to(*args, **kwargs), identity, span, dense)
 
 
 class Sides(NamedTuple):
