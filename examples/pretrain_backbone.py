@@ -229,7 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, default in {"size": 32, "patch": 8, "channels": 3, "width": 128, "depth": 4, "heads": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--pool", choices=("token", "avg"), default="avg")
-    for name, whole in {"epochs": 300, "batch": 64, "seed": 0, "threads": 1, "save-every": 10}.items():
+    for name, whole in {"epochs": 180, "batch": 64, "seed": 0, "threads": 1, "save-every": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=whole)
     reals = {"lr": 1e-3, "weight-decay": 0.05, "label-smoothing": 0.1, "drop-path": 0.0, "ema": 0.999, "invert": 0.0}
     for name, real in (reals | {"turn": 20.0}).items():

@@ -52,7 +52,7 @@ def test_embedded_backbone() -> None:
 
 
 def test_embedded_features_know_digits() -> None:
-    """Nearest class mean on features of unseen real images beats chance (0.1) by far; raw pixels reach 0.89."""
+    """Nearest class mean on features of unseen real images knows nine in ten digits."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     model, preprocessing = data.load_backbone()
     digits = data.load("digits")
@@ -63,7 +63,7 @@ def test_embedded_features_know_digits() -> None:
         )
     means = torch.stack([train[digits.train.labels == label].mean(0) for label in range(10)])
     right = ((test @ torch.nn.functional.normalize(means, dim=1).T).argmax(1) == digits.test.labels).float().mean()
-    assert right > 0.7
+    assert right > 0.9  # 0.951 when the weights were made
 
 
 def test_the_model_card_matches_the_weights() -> None:
