@@ -66,7 +66,10 @@ def plan(settings: Path, seeds: int, out: Path, *, quick: bool, only: Sequence[s
             for row in wanted["row"]:
                 if only and row["label"] not in only:
                     continue
-                fields = {**wanted.get("run", {}), **stream, **row, "seed": seed, "quick": quick}
+                layers = (wanted.get("run", {}), stream, row)
+                options = {name: value for layer in layers for name, value in layer.get("options", {}).items()}
+                fields = {k: v for layer in layers for k, v in layer.items()}
+                fields.update(options=options, seed=seed, quick=quick)
                 title, label = fields.pop("title", ""), fields.pop("label")
                 slug = "".join(c if c.isalnum() else "-" for c in f"{title or number}-{label}")
                 jobs.append(Job(label, title, str(out / "runs" / f"{slug}-seed{seed}"), fields))

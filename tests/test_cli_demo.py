@@ -43,13 +43,14 @@ def test_the_committed_settings_are_runs(demo: ModuleType) -> None:
 def test_streams_and_rows_override_each_other(demo: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "demo.toml"
     file.write_text(
-        '[run]\nepochs = 3\nlr = 0.1\n[[stream]]\ntitle = "plain"\n[[stream]]\ntitle = "turned"\ndomains = ["invert"]\n'
-        'lr = 0.2\n[[row]]\nlabel = "a"\nmethod = "full"\n[[row]]\nlabel = "b"\nmethod = "full"\nlr = 0.3\n'
+        '[run]\nepochs = 3\nlr = 0.1\noptions = { a = 1, b = 1 }\n[[stream]]\ntitle = "plain"\n[[stream]]\ntitle = "turned"\ndomains = ["invert"]\n'
+        'lr = 0.2\n[[row]]\nlabel = "a"\nmethod = "full"\n[[row]]\nlabel = "b"\nmethod = "full"\nlr = 0.3\noptions = { b = 2 }\n'
     )
     jobs = demo.plan(file, 1, Path("out"), quick=True)
     assert [(j.title, j.label, j.settings["lr"]) for j in jobs] == [
         ("plain", "a", 0.1), ("plain", "b", 0.3), ("turned", "a", 0.2), ("turned", "b", 0.3),
     ]  # fmt: skip
+    assert [j.settings["options"] for j in jobs[:2]] == [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
     assert all(j.settings["epochs"] == 3 and j.settings["quick"] for j in jobs)
     assert [j.label for j in demo.plan(file, 2, Path("out"), quick=False, only=["b"])] == ["b"] * 4
     file.write_text("[runs]\n")
