@@ -14,7 +14,6 @@ from cl_kernels.continual.seeds import derive
 
 __all__ = ["Feed", "Pool", "augment"]
 
-CACHE_BYTES = 1 << 29  # of preprocessed float images kept for one task
 DEVICE_SHARE = 0.25  # of the free device memory that the uint8 images may take
 
 
@@ -60,10 +59,10 @@ class Segment:
 class Feed:
     """The images of one task, or of several: `batch(positions)` gives (float images, labels) on the device.
 
-    Preprocessed images are kept when they take at most 512 MiB, so that a step costs one gather.
+    Preprocessed images are kept when they take at most `cache` bytes, so that a step costs one gather.
     """
 
-    def __init__(self, pool: Pool, segments: list[Segment], preprocess: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, pool: Pool, segments: list[Segment], preprocess: Callable[[Tensor], Tensor], cache: int) -> None:
         self._pool, self._segments, self._preprocess = pool, segments, preprocess
         rows = torch.cat([segment.rows for segment in segments])
         self._rows = rows
@@ -71,7 +70,7 @@ class Feed:
         self.labels = pool.labels[rows].to(pool.device)
         self._values: Tensor | None = None
         first = self._make(torch.zeros(1, dtype=torch.int64))
-        if first.numel() * first.element_size() * len(rows) <= CACHE_BYTES:
+        if first.numel() * first.element_size() * len(rows) <= cache:
             self._values = torch.cat([self._make(part) for part in torch.arange(len(rows)).split(512)])
 
     def __len__(self) -> int:

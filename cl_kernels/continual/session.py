@@ -20,6 +20,8 @@ from cl_kernels.continual.feed import Feed, Pool, Segment
 
 __all__ = ["Session", "open_session"]
 
+CACHE_BYTES = 1 << 29  # of preprocessed float images: one task's training images, and all test images together
+
 
 @dataclass
 class Session:
@@ -43,14 +45,16 @@ class Session:
     def training(self, index: int) -> Feed:
         """What task `index` trains on: its own images, or also those of all earlier tasks."""
         first = 0 if self.method.scope == "seen" else index
-        return self._feed(self.train, [(task.train, task.domain) for task in self.tasks[first : index + 1]])
+        parts = [(task.train, task.domain) for task in self.tasks[first : index + 1]]
+        return self._feed(self.train, parts, CACHE_BYTES)
 
     def testing(self, index: int) -> Feed:
         """The test images of task `index`."""
-        return self._feed(self.test, [(self.tasks[index].test, self.tasks[index].domain)])
+        parts = [(self.tasks[index].test, self.tasks[index].domain)]
+        return self._feed(self.test, parts, CACHE_BYTES // len(self.tasks))
 
-    def _feed(self, pool: Pool, parts: list[tuple[Tensor, str]]) -> Feed:
-        return Feed(pool, [Segment(rows, transforms.get(domain)) for rows, domain in parts], self.preprocess)
+    def _feed(self, pool: Pool, parts: list[tuple[Tensor, str]], cache: int) -> Feed:
+        return Feed(pool, [Segment(rows, transforms.get(domain)) for rows, domain in parts], self.preprocess, cache)
 
 
 def open_session(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from cl_kernels.continual.keeper import Keeper, Position
 from cl_kernels.continual.log import Log, Progress
 from cl_kernels.continual.record import results
 from cl_kernels.continual.session import Session, open_session
+from cl_kernels.continual.stopping import RunStopped, on_sigterm
 
 __all__ = ["RunStopped", "run"]
 
@@ -34,17 +33,6 @@ logger = logging.getLogger("cl_kernels")
 
 CHECKPOINT = Path("checkpoints") / "last.safetensors"
 CHECK_EVERY = 50  # steps between looks at the loss on CUDA, where each look waits for the device
-
-
-class RunStopped(SystemExit):
-    """SIGTERM came; the step was finished and a checkpoint saved. Uncaught it ends the process with exit code 0."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(0)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ def run(
     with seeds.seeded(config.seed, pick_device(config.device), config.threads, strict=config.strict):
         trainer = _Trainer(open_session(config, data, backbone), out, started)
         try:
-            with _on_sigterm(trainer.stop):
+            with on_sigterm(trainer.stop):
                 return trainer.execute()
         finally:
             trainer.log.close()
@@ -216,7 +204,9 @@ class _Trainer:
 
     def _heed_stop(self) -> None:
         if self.stop.is_set():
-            raise RunStopped(f"stopped by SIGTERM; {self.keeper.last_good()}; resume continues from there")
+            message = f"stopped by SIGTERM; {self.keeper.last_good()}; resume continues from there"
+            logger.warning(message)
+            raise RunStopped(message)
 
     def _total_steps(self) -> int:
         tasks, total = self.session.tasks, 0
@@ -237,21 +227,3 @@ def _claim(out: Path, config: RunConfig) -> None:
     if config.overwrite and not config.resume:
         for path in (last, out / "results.json", out / "metrics.jsonl"):
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _on_sigterm(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM; only the main thread may install handlers, elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        logger.warning("SIGTERM: finishing the step, then saving")
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from cl_kernels.methods._features import FrozenFeatures, feature_dim
 from cl_kernels.methods._heads import Heads, class_means
 from cl_kernels.methods._options import Options
 from cl_kernels.methods._schedule import multipliers
@@ -38,7 +39,7 @@ class HeadMethod:
         self.model = self._wrap(backbone)
         parameter = next(self.model.parameters())
         self._like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        self.heads = Heads(_feature_dim(backbone), options.head, options.head_scale)
+        self.heads = Heads(feature_dim(backbone), options.head, options.head_scale)
         self.tasks: list[TaskRecord] = []
         self.optimizer: Optimizer | None = None
         self.scheduler: LambdaLR | None = None
@@ -230,31 +231,6 @@ class HeadMethod:
         self.optimizer = self._build_optimizer(groups)
         factors = multipliers(self.options.schedule, self.tasks[-1].epochs)
         self.scheduler = LambdaLR(self.optimizer, lambda epoch: factors[min(epoch, len(factors) - 1)])
-
-
-class FrozenFeatures(nn.Module):
-    """The pooled, normalised feature of a timm vision transformer, before its classifier; frozen and in eval mode."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        forward_features: Any = self.backbone.forward_features
-        forward_head: Any = self.backbone.forward_head
-        features: Tensor = forward_head(forward_features(images), pre_logits=True)
-        return features
-
-    def train(self, mode: bool = True) -> FrozenFeatures:
-        return super().train(False)
-
-
-def _feature_dim(backbone: nn.Module) -> int:
-    """The width of the feature that the classifier would see."""
-    width = getattr(backbone, "num_features", None)
-    if not isinstance(width, int):
-        raise TypeError(f"backbone: expected a timm model with `num_features`, got {type(backbone).__name__}")
-    return width
 
 
 def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:

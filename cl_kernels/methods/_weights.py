@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from cl_kernels.methods._base import FrozenFeatures, HeadMethod
+from cl_kernels.methods._base import HeadMethod
+from cl_kernels.methods._features import FrozenFeatures
 from cl_kernels.methods._options import Options, require
 from cl_kernels.optim import ProjectedAdamW
 from cl_kernels.subspace import SubspaceStore
