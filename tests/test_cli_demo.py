@@ -14,6 +14,26 @@ import pytest
 from cl_kernels import continual, methods
 
 ROOT = Path(__file__).resolve().parents[1]
+LAYERS = """
+[run]
+epochs = 3
+lr = 0.1
+options = { a = 1, b = 1 }
+[[stream]]
+title = "plain"
+[[stream]]
+title = "turned"
+domains = ["invert"]
+lr = 0.2
+[[row]]
+label = "a"
+method = "full"
+[[row]]
+label = "b"
+method = "full"
+lr = 0.3
+options = { b = 2 }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +62,7 @@ def test_the_committed_settings_are_runs(demo: ModuleType) -> None:
 
 def test_streams_and_rows_override_each_other(demo: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "demo.toml"
-    file.write_text(
-        '[run]\nepochs = 3\nlr = 0.1\noptions = { a = 1, b = 1 }\n[[stream]]\ntitle = "plain"\n[[stream]]\ntitle = "turned"\ndomains = ["invert"]\n'
-        'lr = 0.2\n[[row]]\nlabel = "a"\nmethod = "full"\n[[row]]\nlabel = "b"\nmethod = "full"\nlr = 0.3\noptions = { b = 2 }\n'
-    )
+    file.write_text(LAYERS)
     jobs = demo.plan(file, 1, Path("out"), quick=True)
     assert [(j.title, j.label, j.settings["lr"]) for j in jobs] == [
         ("plain", "a", 0.1), ("plain", "b", 0.3), ("turned", "a", 0.2), ("turned", "b", 0.3),
