@@ -328,6 +328,15 @@ def test_autocast_and_matmul_precision_do_not_shorten_products(backend):
     assert relative(expanded, gold(x[:32])[0]) < 1e-14
 
 
+def test_products_are_not_formed_in_float32_where_torch_may_shorten_them(monkeypatch):
+    from cl_kernels.ops.covariance.reference import _product_dtype
+
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    assert _product_dtype(x) == torch.float32
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert _product_dtype(x) == F64
+
+
 # -- refusals: a wrong call changes nothing ----------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from cl_kernels.ops.covariance import cpu, reference
 __all__ = ["expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
 
 _STATE = (torch.float32, torch.float64)
+_NAMES = ("cov", "x", "total", "count", "weight")
 
 
 def update_covariance_(
@@ -127,7 +128,7 @@ def expand_head_grams(grams: Tensor, weight: Tensor) -> Tensor:
 
 def _check(entry: str, cov: Tensor, x: Tensor, total: Tensor | None, count: Tensor | None, w: Tensor | None) -> None:
     cov_name, x_name, total_name, count_name, weight_name = (
-        f"{name}{'s' * bool(entry)}{entry}" for name in ("cov", "x", "total", "count", "weight")
+        tuple(f"{name}s{entry}" for name in _NAMES) if entry else _NAMES
     )
     if isinstance(cov, Tensor) and cov.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(

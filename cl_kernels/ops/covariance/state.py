@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,23 +24,33 @@ def add_count_(count: Tensor, rows: int, weight: Tensor | None, alpha: float, be
 
 def refuse_shared_memory(written: dict[str, Sequence[Tensor | None]], read: dict[str, Sequence[Tensor | None]]) -> None:
     """Raise `ValueError` if a written tensor may share memory with any other one. Keys name the arguments."""
-    spans = sorted(itertools.chain(_spans(written, True), _spans(read, False)))
+    spans = _spans(written, True) + _spans(read, False)
+    spans.sort()
     end_written = end_any = 0
-    for i, (start, end, writes, name) in enumerate(spans):
+    for i, (start, end, writes, name, _) in enumerate(spans):
         if start < (end_any if writes else end_written):
-            others = [other for s, e, w, other in spans[:i] if e > start and (w or writes)]
+            other = next(span for span in spans[:i] if span[1] > start and (span[2] or writes))
             raise ValueError(
-                f"{name} and {others[0]} share memory; what is written must stand alone, pass a `.clone()`"
+                f"{_named(name, spans[i][4])} and {_named(other[3], other[4])} share memory; what is written must "
+                "stand alone, pass a `.clone()`"
             )
         end_any = max(end_any, end)
         end_written = max(end_written, end) if writes else end_written
 
 
-def _spans(named: dict[str, Sequence[Tensor | None]], writes: bool) -> Iterable[tuple[int, int, bool, str]]:
+def _spans(named: dict[str, Sequence[Tensor | None]], writes: bool) -> list[tuple[int, int, bool, str, int]]:
+    """(first byte, one past the last, written?, argument, entry) of every tensor that has elements."""
+    spans = []
     for name, tensors in named.items():
         for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel():
-                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-                start = tensor.data_ptr()
-                end = start + (last + 1) * tensor.element_size()
-                yield start, end, writes, f"{name}[{i}]" if len(tensors) > 1 else name
+            if tensor is None or (count := tensor.numel()) == 0:
+                continue
+            if not tensor.is_contiguous():
+                count = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((start, start + count * tensor.element_size(), writes, name, i if len(tensors) > 1 else -1))
+    return spans
+
+
+def _named(name: str, entry: int) -> str:
+    return name if entry < 0 else f"{name}[{entry}]"
