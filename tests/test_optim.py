@@ -428,6 +428,22 @@ def test_another_subspace_is_refused_on_load(net):
         assert len(target.state) == len(list(net.parameters()))
 
 
+def test_distributed_checkpoints_initialise_a_fresh_optimizer_without_moving_anything(net):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    trained = ProjectedAdamW(net.named_parameters(), lr=1e-2, subspace=subspace())
+    train(net, trained, 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, trained))  # else both would share their moments
+    other = copy.deepcopy(net)
+    fresh = ProjectedAdamW(other.named_parameters(), lr=1e-2, subspace=subspace())
+    before = values(other)
+    set_optimizer_state_dict(other, fresh, saved)
+    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
+    train(net, trained, 3)
+    train(other, fresh, 3)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
 def test_an_embedded_subspace_needs_no_store(net):
     optimizer = ProjectedAdamW(net.named_parameters(), subspace=subspace())
     train(net, optimizer, 2)

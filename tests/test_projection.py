@@ -389,6 +389,14 @@ def test_project_has_gradients_of_dense_and_batched_sides(batched):
     assert torch.autograd.gradgradcheck(f, (u, left, v))
 
 
+def test_vmap_agrees():
+    """Either refused or right: torch's fallback runs the operation slice by slice."""
+    v = basis(8, 2, torch.float32)
+    u = torch.randn(3, 4, 8)
+    mapped = torch.vmap(lambda x: project(x, right=Projector(v)))(u)
+    assert torch.allclose(mapped, project(u, right=Projector(v)), atol=1e-6)
+
+
 def op_args(name: str) -> list[tuple[Any, ...]]:
     v = basis(8, 2, torch.float32)
     one, zero = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)

@@ -6,12 +6,15 @@ import contextlib
 import copy
 import ctypes
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cl_kernels.ops import Projector, _native, projected_adam_step_, projection, use_backend
@@ -120,6 +123,50 @@ def test_threads_do_not_change_a_bit():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(written(one), written(two), strict=True))
+
+
+@given(
+    m=st.sampled_from([0, 1, 2, 3, 7, 16, 17, 31, 33, 64, 129]),
+    d=st.sampled_from([0, 1, 2, 3, 7, 16, 17, 31, 33, 64, 129, 192]),
+    batch=st.sampled_from([None, 1, 3]),
+    shares=st.tuples(st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]), st.sampled_from([None, 0.0, 0.1, 0.5, 1.0])),
+    columns=st.booleans(),
+    scale=st.sampled_from([1.0, 1e4, 1e-6, 0.0, 1e-42]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_shape_against_the_reference(m, d, batch, shares, columns, scale, seed):
+    torch.manual_seed(seed)
+    shape = (m, d) if batch is None else (batch, m, d)
+    sides = [
+        None if share is None else projector(size, (BASIS, int(share * size)), columns, torch.float32)
+        for size, share in zip((m, d), shares, strict=True)
+    ]
+    p = problem(torch.float32, False) | {"left": sides[:1], "right": sides[1:], "steps": [torch.tensor(3.0)]}
+    p |= {"params": [torch.randn(shape)], "grads": [torch.randn(shape) * scale]}
+    p |= {"exp_avgs": [torch.randn(shape) * scale], "exp_avg_sqs": [torch.rand(shape) * scale**2]}
+    expected = to_double(p)
+    projected_adam_step_(**p)
+    with use_backend("reference"):
+        projected_adam_step_(**expected)
+    for a, b in zip(written(p), written(expected), strict=True):
+        atol = 2e-6 if a is p["params"][0] else 1e-6 * scale**2 + 1e-42  # the last: subnormals
+        assert torch.allclose(a.double(), b.double(), rtol=1e-4, atol=atol)
+
+
+def test_two_threads_work_side_by_side():
+    """No global buffers: steps of two threads at once give what they give one after the other."""
+    problems = [problem(torch.float32, True) for _ in range(2)]
+    apart = copy.deepcopy(problems)
+
+    def run(p: dict[str, Any]) -> None:
+        for _ in range(20):
+            projected_adam_step_(**p)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, problems))
+    for p, q in zip(problems, apart, strict=True):
+        run(q)
+        assert all(torch.equal(a, b) for a, b in zip(written(p), written(q), strict=True))
 
 
 def test_memory_beside_the_tensors_is_left_alone():
