@@ -130,7 +130,7 @@ def _protected(spectrum: Tensor, rule: Rule) -> int:
 
 
 def _fake_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
-    return cov.new_empty(cov.shape[:-1]), cov.new_empty(cov.shape)
+    return cov.new_empty(cov.shape[:-1]), cov.new_empty(cov.shape).mT
 
 
 _EIGH = _registry.define(

@@ -27,6 +27,7 @@ LOGGER: Final = logging.getLogger("cl_kernels.ops.null_space")
 ASYMMETRY: Final = 1e-4  # of the largest entry; TF32 products stay below 1e-5
 JITTER: Final = 1e-12
 PROBES: Final = 16
+BATCHED_DIM: Final = 64  # smaller matrices go together; LAPACK and most of cuSOLVER loop over larger ones anyway
 # Largest entry of (V^T V - I) Z and of (C V - V L) Z / max |L| for normal Z, at d = 64; rounding grows like sqrt(d).
 # eigh leaves at most 4e-6 and 7e-15 at d = 64, 2e-5 and 3e-14 at d = 1536. One wrong entry of twice the tolerance
 # passes all 16 probes with probability 2e-7.
@@ -47,55 +48,64 @@ def symmetric_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in descending order and eigenvectors (columns), the largest-magnitude entry of each positive."""
     size = cov.shape[-1]
     flat = cov.reshape(cov.shape[:-2].numel(), size, size)
-    values, vectors = flat.new_zeros(flat.shape[:2]), flat.new_empty(flat.shape)
+    values, rows = flat.new_zeros(flat.shape[:2]), flat.new_empty(flat.shape)  # one eigenvector a row, as LAPACK does
     if flat.numel():
         with torch.autocast(cov.device.type, enabled=False):
             scaled, scale = _prepared(flat)
-            _solve(scaled, values, vectors)
-            values.mul_(scale[:, None].to(values.dtype))
-    return values.reshape(cov.shape[:-1]), vectors.reshape(cov.shape)
+            _solve(scaled, values, rows)
+            values.mul_(scale[:, None])
+    return values.reshape(cov.shape[:-1]), rows.reshape(cov.shape).mT
 
 
 def _prepared(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Checked, symmetrised (halves first, so that nothing overflows) and divided by the mean of the diagonal."""
-    bad = (~torch.isfinite(flat)).sum((1, 2))
-    if bool(bad.any()):
-        at = int(bad.argmax())
-        where = f"cov[{at}]" if flat.shape[0] > 1 else "cov"
-        raise NonFiniteError(f"{where}: {int(bad[at])} of {flat[at].numel()} entries are NaN or infinite")
     largest = flat.abs().amax((1, 2))
-    skew = (flat / 2 - flat.mT / 2).abs().amax((1, 2)) * 2
-    if bool((skew > ASYMMETRY * largest).any()):
-        at = int((skew / largest).nan_to_num(0.0).argmax())
-        where = f"cov[{at}]" if flat.shape[0] > 1 else "cov"
-        raise SubspaceMismatchError(
-            f"{where}: expected a symmetric matrix, but entries differ from their mirror by up to "
-            f"{float(skew[at]):.3e} (largest entry {float(largest[at]):.3e})"
-        )
-    symmetric = flat / 2 + flat.mT / 2
+    if not bool(torch.isfinite(largest).all()):
+        bad = (~torch.isfinite(flat)).sum((1, 2))
+        at = int(bad.argmax())
+        raise NonFiniteError(f"{_entry(flat, at)}: {int(bad[at])} of {flat[at].numel()} entries are NaN or infinite")
+    symmetric = flat
+    if not torch.equal(flat, flat.mT):
+        symmetric = flat / 2 + flat.mT / 2
+        skew = 2 * (flat - symmetric).abs().amax((1, 2))
+        if bool((skew > ASYMMETRY * largest).any()):
+            at = int((skew / largest).nan_to_num(0.0).argmax())
+            raise SubspaceMismatchError(
+                f"{_entry(flat, at)}: expected a symmetric matrix, but entries differ from their mirror by up to "
+                f"{float(skew[at]):.3e} (largest entry {float(largest[at]):.3e})"
+            )
     mean = (symmetric.diagonal(dim1=1, dim2=2) / flat.shape[-1]).sum(1)
     scale = torch.where(mean > largest * 1e-6, mean, largest)
     return symmetric / torch.where(scale > 0, scale, 1)[:, None, None], scale
 
 
-def _solve(scaled: Tensor, values: Tensor, vectors: Tensor) -> None:
-    """Fill `values` and `vectors`, walking each matrix down the ladder until its result holds."""
-    host = scaled.to("cpu", torch.float64)  # before anything can fail: a broken device gives no copy (pytorch#105359)
-    zero = (scaled == 0).all(-1).all(-1)
-    vectors[zero] = torch.eye(scaled.shape[-1], dtype=vectors.dtype, device=vectors.device)
+def _entry(flat: Tensor, at: int) -> str:
+    return f"cov[{at}]" if flat.shape[0] > 1 else "cov"
+
+
+def _solve(scaled: Tensor, values: Tensor, rows: Tensor) -> None:
+    """Fill `values` and `rows`, walking each matrix down the ladder until its result holds."""
+    host = scaled.cpu()  # before anything can fail: a broken device gives no copy (pytorch#105359)
+    zero = (scaled.diagonal(dim1=1, dim2=2) == 0).all(-1) & (scaled == 0).all(-1).all(-1)
+    rows[zero] = torch.eye(scaled.shape[-1], dtype=rows.dtype, device=rows.device)
     pending = torch.nonzero(~zero).flatten().tolist()
     tried: list[str] = []
     for rung in _rungs(scaled):
         if not pending:
             return
         source = host if rung.device.type == "cpu" else scaled
-        pending, reason = _attempt(rung, source, pending, values, vectors)
+        together = scaled.shape[-1] <= BATCHED_DIM
+        groups = [pending] if together else [[index] for index in pending]
+        pending, reason = [], None
+        for group in groups:
+            left, why = _attempt(rung, source, group, values, rows)
+            pending, reason = pending + left, why or reason
         LOGGER.debug("symmetric_eigh: %s: %s", rung, reason or "verified")
         if reason:
             tried.append(f"{rung}: {reason}")
             _warn_once(f"symmetric_eigh: {rung} did not hold ({reason}); going down the ladder")
     if pending:
-        raise SolverError(_report(host[pending[0]], tried))
+        raise SolverError(_report(host[pending[0]].double(), tried))
 
 
 def _rungs(scaled: Tensor) -> list[_Rung]:
@@ -108,39 +118,44 @@ def _rungs(scaled: Tensor) -> list[_Rung]:
 
 
 def _attempt(
-    rung: _Rung, source: Tensor, pending: list[int], values: Tensor, vectors: Tensor
+    rung: _Rung, source: Tensor, group: list[int], values: Tensor, rows: Tensor
 ) -> tuple[list[int], str | None]:
-    """Solve the pending matrices on one rung. Returns those that are left, and why."""
-    left, reason = [], None
-    for index in pending:  # one by one: LAPACK and most of cuSOLVER loop as well, and one failure spoils no other
-        matrix = source[index].to(rung.device, rung.dtype)
-        shift = rung.jitter * float(matrix.norm())
-        try:
-            found, basis = torch.linalg.eigh(matrix + shift * torch.eye(matrix.shape[0]) if shift else matrix)
-            failure = _defect(matrix, found - shift, basis, TOLERANCE[rung.dtype])
-        except RuntimeError as error:  # torch.linalg.LinAlgError, and cuSOLVER's own
-            failure = str(error).partition("\n")[0]
-        if failure:
-            left.append(index)
-            reason = failure
-        else:
-            values[index] = (found - shift).flip(0).to(values)
-            vectors[index] = _signed(basis.flip(1)).to(vectors)
-    return left, reason
+    """Solve some matrices on one rung. Returns those that are left, and why."""
+    matrices = source[group].to(rung.device, rung.dtype)
+    shift = rung.jitter * matrices.norm(dim=(1, 2))[:, None]
+    jittered = matrices + torch.diag_embed(shift.expand(matrices.shape[:2])) if rung.jitter else matrices
+    try:
+        found, basis = torch.linalg.eigh(jittered)
+    except RuntimeError as error:  # torch.linalg.LinAlgError, and cuSOLVER's own
+        if len(group) == 1:
+            return group, str(error).partition("\n")[0]
+        alone = [_attempt(rung, source, [index], values, rows) for index in group]
+        return [index for left, _ in alone for index in left], next((why for _, why in alone if why), None)
+    found = found - shift
+    fine, reason = _verified(matrices, found, basis, TOLERANCE[rung.dtype])
+    for at, index in enumerate(group):
+        if fine[at]:
+            values[index] = found[at].flip(0)
+            rows[index] = _signed(basis[at].mT).flip(0)
+    return [index for at, index in enumerate(group) if not fine[at]], reason
 
 
-def _defect(matrix: Tensor, values: Tensor, basis: Tensor, tolerance: float) -> str | None:
-    """Why this is no eigen-decomposition, by 16 random probes: O(d^2) where the full check would take O(d^3)."""
-    tolerance *= math.sqrt(max(matrix.shape[0], 64) / 64)
-    probes = _probes(matrix.shape[0]).to(matrix.device)
-    wide, vectors = matrix.double(), basis.double()
+def _verified(matrices: Tensor, values: Tensor, basis: Tensor, tolerance: float) -> tuple[list[bool], str | None]:
+    """Which are eigen-decompositions, by 16 random probes: O(d^2) a matrix where the full check takes O(d^3)."""
+    tolerance *= math.sqrt(max(matrices.shape[-1], 64) / 64)
+    probes = _probes(matrices.shape[-1]).to(matrices.device)
+    vectors, spectrum = basis.double(), values.double()
     image = vectors @ probes
-    skew = float((vectors.mT @ image - probes).abs().max())
-    if not skew <= tolerance:
-        return f"the eigenvectors are not orthonormal (error {skew:.1e} > {tolerance:.0e})"
-    residual = wide @ image - vectors @ (values.double()[:, None] * probes)
-    wrong = float(residual.abs().max() / values.double().abs().max())
-    return None if wrong <= tolerance else f"the residual C V - V L is {wrong:.1e} > {tolerance:.0e} of the largest"
+    skew = (vectors.mT @ image - probes).abs().amax((1, 2))
+    residual = matrices.double() @ image - vectors @ (spectrum[..., None] * probes)
+    wrong = residual.abs().amax((1, 2)) / spectrum.abs().amax(1)
+    fine = (skew <= tolerance) & (wrong <= tolerance)  # NaN is not
+    if bool(fine.all()):
+        return fine.tolist(), None
+    at = int(fine.int().argmin())
+    if not skew[at] <= tolerance:
+        return fine.tolist(), f"the eigenvectors are not orthonormal (error {skew[at]:.1e} > {tolerance:.0e})"
+    return fine.tolist(), f"the residual C V - V L is {wrong[at]:.1e} > {tolerance:.0e} of the largest eigenvalue"
 
 
 @functools.lru_cache(maxsize=8)
@@ -148,10 +163,10 @@ def _probes(size: int) -> Tensor:
     return torch.randn(size, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def _signed(vectors: Tensor) -> Tensor:
-    """Make the largest-magnitude entry of each column positive, so that files of two runs compare."""
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return torch.where(largest < 0, -vectors, vectors)
+def _signed(rows: Tensor) -> Tensor:
+    """Make the largest-magnitude entry of each row positive, so that files of two runs compare."""
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return rows * torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
 
 
 @functools.cache  # once per process and reason
