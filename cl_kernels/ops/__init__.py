@@ -9,7 +9,7 @@ from cl_kernels.ops.covariance import (
     update_covariances_,
     update_head_grams_,
 )
-from cl_kernels.ops.null_space import null_space_projector, symmetric_eigh
+from cl_kernels.ops.null_space import null_space_projector, spectral_projector, symmetric_eigh
 from cl_kernels.ops.projection import project, projected_adam_step_
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "project",
     "projected_adam_step_",
     "rules",
+    "spectral_projector",
     "symmetric_eigh",
     "update_covariance_",
     "update_covariances_",

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks, _registry
 from cl_kernels.ops._projector import Projector
-from cl_kernels.ops.null_space import reference
+from cl_kernels.ops.null_space import reference, spectral
 from cl_kernels.ops.rules import Rule
 
-__all__ = ["null_space_projector", "symmetric_eigh"]
+__all__ = ["null_space_projector", "spectral_projector", "symmetric_eigh"]
 
 INDEFINITE = 1e-5  # of the largest eigenvalue; float32 sums leave 2e-7, sums rounded to bfloat16 3e-5
 
@@ -92,6 +92,36 @@ def null_space_projector(
     return Projector(basis, scalars[0].reshape(cov.shape[:-2]), scalars[1].reshape(cov.shape[:-2]))
 
 
+def spectral_projector(
+    cov: Tensor, tau: Tensor | float, *, sharpness: Literal["hard", "soft"] | int = "hard"
+) -> Tensor:
+    """The soft null-space projector P = f(cov / tau): near 1 for eigenvalues below tau, 1/2 at tau, near 0 above.
+
+    `cov` [..., d, d] symmetric, float32 or float64; `tau` a number or a tensor of the batch shape, in the units of
+    `cov`. f is a steep curve in log(lambda): between the gains 0.9 and 0.1 lambda grows by the factor 1.35 for "hard"
+    (three steps), 2.0 for "soft" (two); an int from 1 to 5 is a number of steps (5: 1.02). lambda f(lambda)^2 never
+    exceeds tau, so the soft edge lets through no more energy than a hard cut, and P is continuous in `cov` and `tau`.
+    Eigenvalues below 0 count as 0; a zero matrix gives the identity. P has the shape and dtype of `cov` and is
+    symmetric to the last bit. Not differentiable.
+
+    Raises as `symmetric_eigh`, and `ValueError` unless tau > 0 is finite. Cost: a float64 eigen-decomposition and one
+    product of d^3 operations a matrix. Waits for the device.
+    """
+    _checks.floating("cov", cov, torch.float32, torch.float64)
+    _checks.square("cov", cov)
+    steps = {"hard": 3, "soft": 2}.get(sharpness, sharpness) if isinstance(sharpness, str) else sharpness
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps not in spectral.QUINTICS:
+        raise ValueError(f"sharpness: expected 'hard', 'soft' or a number of steps from 1 to 5, got {sharpness!r}")
+    if not isinstance(tau, Tensor):
+        tau = cov.new_full(cov.shape[:-2], _checks.number("tau", tau), dtype=torch.float64)
+    _checks.floating("tau", tau)
+    _checks.same_device("tau", tau, "cov", cov)
+    if tau.shape not in (torch.Size(()), cov.shape[:-2]):
+        raise ValueError(f"tau: expected shape {tuple(cov.shape[:-2])} or a number, got {tuple(tau.shape)}")
+    projector: Tensor = _SPECTRAL(cov.detach(), tau.detach().expand(cov.shape[:-2]), steps)
+    return projector
+
+
 class _Kept(NamedTuple):
     """Which eigenvectors a projector keeps, and its two numbers."""
 
@@ -133,9 +163,19 @@ def _fake_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
     return cov.new_empty(cov.shape[:-1]), cov.new_empty(cov.shape).mT
 
 
+def _fake_spectral(cov: Tensor, tau: Tensor, steps: int) -> Tensor:
+    return cov.new_empty(cov.shape)
+
+
 _EIGH = _registry.define(
     "symmetric_eigh",
     "(Tensor cov) -> (Tensor values, Tensor vectors)",
     reference=reference.symmetric_eigh,
     fake=_fake_eigh,
+)
+_SPECTRAL = _registry.define(
+    "spectral_projector",
+    "(Tensor cov, Tensor tau, int steps) -> Tensor",
+    reference=spectral.spectral_projector,
+    fake=_fake_spectral,
 )

@@ -87,7 +87,8 @@ def _solve(scaled: Tensor, values: Tensor, rows: Tensor) -> None:
     """Fill `values` and `rows`, walking each matrix down the ladder until its result holds."""
     host = scaled.cpu()  # before anything can fail: a broken device gives no copy (pytorch#105359)
     zero = (scaled.diagonal(dim1=1, dim2=2) == 0).all(-1) & (scaled == 0).all(-1).all(-1)
-    rows[zero] = torch.eye(scaled.shape[-1], dtype=rows.dtype, device=rows.device)
+    if bool(zero.any()):
+        rows[zero] = torch.eye(scaled.shape[-1], dtype=rows.dtype, device=rows.device)
     pending = torch.nonzero(~zero).flatten().tolist()
     tried: list[str] = []
     for rung in _rungs(scaled):
