@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,9 +50,16 @@ def run(
     projected_adam_step_(params, grads, *args, max_exp_avg_sqs=largest, **options)
 
 
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whatever runs by default here, and the reference."""
+    with clk.use_backend(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("eta", [1.0, 0.97])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_golden_two_steps(eta, dtype):
+def test_golden_two_steps(backend, eta, dtype):
     p = torch.tensor([[0.5, -0.25, 1], [0.1, 0.2, -0.3]], dtype=dtype)
     steps = [[[0.1, -0.2, 0.3], [0, 0.5, -0.4]], [[-0.3, 0.1, 0.2], [0.25, -0.15, 0.05]]]
     half = 0.5**0.5
@@ -116,7 +124,7 @@ def accumulate(dtype: torch.dtype, **options: Any) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_accumulated_updates_stay_in_the_space(dtype, tolerance, decoupled):
+def test_accumulated_updates_stay_in_the_space(backend, dtype, tolerance, decoupled):
     assert max(accumulate(dtype, decoupled_weight_decay=decoupled)) <= tolerance
 
 
@@ -159,7 +167,7 @@ def case(shape: tuple[int, ...], left: int | None, right: int | None, form: int,
 @pytest.mark.parametrize(
     "options", [{}, {"maximize": True, "weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}]
 )
-def test_step_is_adam_then_projection(dtype, amsgrad, options):
+def test_step_is_adam_then_projection(backend, dtype, amsgrad, options):
     """Against torch's own Adam in float64, its difference projected by dense matrices: all shapes in one call."""
     shapes = [shape for shape, *_ in CASES]
     sides = [case(*entry, dtype) for entry in CASES]
@@ -185,7 +193,7 @@ def test_step_is_adam_then_projection(dtype, amsgrad, options):
         assert p.numel() == 0 or (p.double() - q).abs().max() <= tolerance, shape
 
 
-def test_lr_as_a_tensor_is_the_same_step():
+def test_lr_as_a_tensor_is_the_same_step(backend):
     results = []
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         torch.manual_seed(1)
@@ -195,7 +203,7 @@ def test_lr_as_a_tensor_is_the_same_step():
     assert torch.equal(*results)
 
 
-def test_scaled_gradients_and_found_inf():
+def test_scaled_gradients_and_found_inf(backend):
     v = Projector(basis(32, 3, torch.float32))
     p, q, g = torch.randn(4, 32), None, torch.randn(4, 32)
     q = p.clone()
@@ -209,7 +217,7 @@ def test_scaled_gradients_and_found_inf():
     assert torch.equal(p, q)
 
 
-def test_nan_gradient_propagates_and_a_skipped_one_does_not():
+def test_nan_gradient_propagates_and_a_skipped_one_does_not(backend):
     v = Projector(basis(32, 3, torch.float32))
     p, g = torch.randn(4, 32), torch.full((4, 32), float("nan"))
     q = p.clone()
@@ -219,7 +227,7 @@ def test_nan_gradient_propagates_and_a_skipped_one_does_not():
     assert p.isnan().all()
 
 
-def test_zero_gradient_and_zero_rate_change_nothing():
+def test_zero_gradient_and_zero_rate_change_nothing(backend):
     p = torch.randn(4, 32)
     p[0] = -0.0
     before, moments = p.clone(), state([p])
@@ -235,7 +243,7 @@ def test_zero_gradient_and_zero_rate_change_nothing():
     assert moments["steps"][0] == 1
 
 
-def test_eps_zero_gives_no_nan_where_the_gradient_is_zero():
+def test_eps_zero_gives_no_nan_where_the_gradient_is_zero(backend):
     p = torch.randn(4, 32)
     before = p.clone()
     run([p], [torch.zeros(4, 32)], state([p]), [None], [Projector(basis(32, 3, torch.float32))], eps=0.0)
@@ -243,7 +251,7 @@ def test_eps_zero_gives_no_nan_where_the_gradient_is_zero():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "flipped_gradient", "offset"])
-def test_layouts(layout):
+def test_layouts(backend, layout):
     v = Projector(basis(32, 3, torch.float32))
     if layout == "channels_last":
         p = torch.randn(6, 8, 2, 2).to(memory_format=torch.channels_last)
@@ -262,7 +270,7 @@ def test_layouts(layout):
     assert p.stride() == strides
 
 
-def test_sixteen_bit_parameters():
+def test_sixteen_bit_parameters(backend):
     v = basis(64, 5, torch.float32)
     p = torch.randn(4, 64).bfloat16()
     start, moments = (
@@ -276,7 +284,7 @@ def test_sixteen_bit_parameters():
     assert (moved @ v).norm() <= 0.05 * moved.norm()
 
 
-def test_versions_grow_and_early_graphs_notice():
+def test_versions_grow_and_early_graphs_notice(backend):
     p = torch.randn(4, 32, requires_grad=True)
     loss = (p * p).sum()
     moments = state([p.detach()])

@@ -240,13 +240,16 @@ def player(tmp_path_factory: pytest.TempPathFactory) -> Player:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("limit", [128, 20])
-def test_the_cuda_step_played_on_the_host(monkeypatch, player, reverse, amsgrad, options, limit):
+@pytest.mark.parametrize(("limit", "tensor_scales"), [(128, False), (20, True)])
+def test_the_cuda_step_played_on_the_host(monkeypatch, player, reverse, amsgrad, options, limit, tensor_scales):
     """All of the CUDA path but the launch itself: lists, workspace, block phases, and the parts for large weights."""
     p = problem(torch.float32, amsgrad) | options
     expected = copy.deepcopy(p)
     with use_backend("reference"):
         projected_adam_step_(**expected)
+    if tensor_scales:
+        for name in ("left", "right"):
+            p[name] = [s if s is None or s.dense is not None else s._replace(span=torch.tensor(0.7)) for s in p[name]]
     monkeypatch.setattr(player, "reverse", reverse)
     monkeypatch.setattr(player, "parts", [])
     monkeypatch.setattr(cuda, "_SMALL_ROWS", limit)
