@@ -116,6 +116,10 @@ def _eigh(device: torch.device, dtype: torch.dtype) -> Tensor:
     return (vectors * values[..., None, :]) @ vectors.mT  # signs of vectors are free, the product is not
 
 
+def _spectral(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return ops.spectral_projector(_spd(device, dtype), 1e-2)
+
+
 def _project(device: torch.device, dtype: torch.dtype) -> Tensor:
     left, right = _projector(7, 3, 6, device, dtype), _projector(45, 11, 7, device, dtype)
     return ops.project(_normal((2, 7, 45), 8, device, dtype), left, right)
@@ -144,6 +148,7 @@ CASES: dict[str, Case] = {
     "update_head_grams_": _head_grams,
     "expand_head_grams": _expand,
     "symmetric_eigh": _eigh,
+    "spectral_projector": _spectral,
     "project": _project,
     "projected_adam_step_": _adam,
 }
