@@ -181,6 +181,11 @@ def test_float16_squares_do_not_overflow(backend):
     assert torch.equal(update_covariance_(zeros(3), x), torch.full((3, 3), 4 * 6e4**2, dtype=F64))
 
 
+def test_eight_bit_rows_are_widened(backend):
+    x = torch.randn(50, 20).to(torch.float8_e4m3fn)
+    assert relative(update_covariance_(zeros(20), x), gold(x)[0]) < 1e-6
+
+
 def test_batches_add_up_whatever_their_split_and_order(backend):
     x = torch.randn(1000, 40)
     whole = update_covariance_(zeros(40), x)

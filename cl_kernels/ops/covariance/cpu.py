@@ -86,6 +86,7 @@ class _Update:
         self.sums = torch.zeros(size, dtype=torch.float64) if with_sums else None
         self.folded: Tensor | None = None
         self.folded_sums: Tensor | None = None
+        x = x if x.dtype in _native.DTYPE else x.float()  # 8-bit floats
         self.rows = x if len(_levels(x)) <= 2 else x.contiguous()
         self.problems: list[Problem] = []
         rest = self._fold(size) if size <= FOLDED_DIM and weight is None else self.rows
