@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,15 @@ from cl_kernels.data import Backbone, ImageData, ImageSet, Preprocessing
 from cl_kernels.data.sets import TensorImages
 
 SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and waiting threads of a busy machine cost a hundredfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_data(classes: int = 6, train: int = 10, test: int = 5, size: int = SIZE) -> ImageData:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from continual_tiny import tiny_backbone, tiny_config, tiny_data
+from continual_tiny import one_thread, tiny_backbone, tiny_config, tiny_data
 from safetensors import safe_open
 
 from cl_kernels import continual, data, methods
 from cl_kernels.continual import checkpoint, feed, session
 from cl_kernels.errors import CheckpointError, NonFiniteError
 from cl_kernels.methods import HeadMethod
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 def run(method: str = "sequential", **changes: Any) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from continual_tiny import tiny_model
+from continual_tiny import one_thread, tiny_model
 from torch import Tensor
 
 from cl_kernels import Projector, Sides, methods
 from cl_kernels.methods import _subspaces as subspaces
 from cl_kernels.methods._heads import Heads
 from cl_kernels.ops import rules
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from continual_tiny import tiny_model
+from continual_tiny import one_thread, tiny_model
 from test_methods import Toy
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from cl_kernels.methods.nsp2 import ln_drift_loss, prompt_moments
 from cl_kernels.methods.nsp2_exact import joint_tangent
 
 F64 = torch.float64
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 class Dense:

@@ -219,8 +219,9 @@ class HeadMethod:
 
     def _make_optimizer(self) -> None:
         lr, decay = self._learning_rate(), self._weight_decay()
-        head_lr = lr if self.options.head_lr is None else self.options.head_lr
         body, heads = self._body(), self._head_parameters()
+        alone = not body and self.options.lr is not None
+        head_lr = lr if alone or self.options.head_lr is None else self.options.head_lr
         for _, parameter in self._saved_parameters():
             parameter.requires_grad_(False)
         for _, parameter in [*body, *heads]:

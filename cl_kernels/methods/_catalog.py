@@ -42,6 +42,7 @@ _NSP2_RECIPE = {
     "head_init": "official",
     "temperature": 28.0,
     "lr": 0.01,
+    "head_lr": None,
     "weight_decay": 5e-5,
     "schedule": "steps-official",
 }

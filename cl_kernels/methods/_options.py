@@ -23,13 +23,18 @@ def require(name: str, ok: bool, wanted: str, value: object) -> None:
 class Options:
     """Options of every method with heads.
 
-    lr: None takes the method's default; head_lr: None takes `lr`. weight_decay: None takes the method's default. head,
-    head_scale: "cosine" logits `head_scale * cos`, or "linear". head_init: "class-means" (start as the nearest class
-    mean), "default" (torch's law for linear layers), "official" (NSP2's, method-null-space.md T6), "zeros".
-    temperature: logits are divided by it in the loss only. schedule: see `_schedule.multipliers`."""
+    * lr: of the body; None takes the method's default. Heads that train alone take it too when it is given.
+    * head_lr: of the heads; None takes `lr`. At 1e-2 cosine heads overshoot: alone, on digits, 87 % instead of 97.
+    * weight_decay: None takes the method's default.
+    * head, head_scale: "cosine" gives logits `head_scale * cos`, "linear" ordinary ones.
+    * head_init: "class-means" starts as the nearest class mean, "default" with torch's law for linear layers,
+      "official" as NSP2's code (method-null-space.md T6), "zeros".
+    * temperature: logits are divided by it, in the loss only.
+    * schedule: of the learning rate, see `multipliers`.
+    """
 
     lr: float | None = None
-    head_lr: float | None = None
+    head_lr: float | None = 1e-3
     weight_decay: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -19,8 +19,12 @@ __all__ = ["PromptMethod", "PromptOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(Options):
-    """prompts: number per prompted block. depth: "deep", "shallow", or the first N blocks. placement: of the
-    prompts."""
+    """Options of methods with prompts.
+
+    * prompts: number per prompted block.
+    * depth: "deep", "shallow", or a number: the first so many blocks.
+    * placement: "append" after the image tokens, or "prepend".
+    """
 
     prompts: int = 4
     depth: str | int = "deep"

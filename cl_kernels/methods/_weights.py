@@ -41,7 +41,7 @@ class WeightMethod(HeadMethod):
     """
 
     options_type: ClassVar[type[Options]] = WeightOptions
-    default_lr: ClassVar[float] = 5e-4
+    default_lr: ClassVar[float] = 3e-4
     default_weight_decay: ClassVar[float] = 0.0
     options: WeightOptions
 

@@ -20,8 +20,13 @@ __all__ = ["JointOptions", "create_joint"]
 
 @dataclass(frozen=True, kw_only=True)
 class JointOptions(PromptOptions):
-    """base: "prompts" or "full" (all linear weights). restart: start every task from the pre-trained model, so that the
-    last row of the accuracy matrix is training on all data at once; otherwise go on from the previous task."""
+    """Options of `joint`.
+
+    * base: "prompts", or "full" for all linear weights.
+    * restart: start every task from the pre-trained model, so that the last row of the accuracy matrix is training on
+      all data at once; otherwise go on from the previous task.
+    * targets: as `full`.
+    """
 
     base: str = "prompts"
     targets: str = "blocks"

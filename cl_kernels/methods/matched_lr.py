@@ -21,10 +21,14 @@ __all__ = ["MatchedOptions", "create_matched"]
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedOptions(PromptOptions):
-    """base: "prompts" (control of nsp2) or "full" (control of null-space). scale: a number multiplies the body's
-    learning rate from task 2 on; "auto" gives every layer the RMS gain of the projector that the projecting method
-    would use there, measured task by task with that method's options: rule, rule_left, eta, eta_left, normalize,
-    weighting, sides (None: its default). targets: as `full`."""
+    """Options of `matched-lr`.
+
+    * base: "prompts" is the control of nsp2, "full" that of null-space.
+    * scale: a number multiplies the body's learning rate from task 2 on; "auto" gives every layer the RMS gain of the
+      projector that the projecting method would use there, measured task by task.
+    * rule, rule_left, eta, eta_left, normalize, weighting, sides: of the projecting method (None: its default).
+    * targets: as `full`.
+    """
 
     base: str = "prompts"
     scale: float | str = "auto"

@@ -24,11 +24,12 @@ __all__ = ["NSP2", "NSP2Options", "ln_drift_loss", "prompt_moments"]
 class NSP2Options(PromptOptions):
     """Options of `nsp2`; the defaults of the projection are the official code's for 10-split CIFAR-100.
 
-    eta: weight of the normalised projector against the identity, on both sides. eta_left: the same for the M x M side
-    (None: eta). normalize: "fro" divides each projector by its Frobenius norm, "none" does not. rule, rule_left: which
-    directions are protected, see `parse_rule`; rule_left None: as `rule`. weighting: "batches" sums the means of the
-    batches of the statistics pass (official: batches of 100), "rows" sums all rows. ln_weight: factor of the LayerNorm
-    drift loss. sides: "both", "left" or "right" alone.
+    * eta: weight of the normalised projector against the identity, both sides; eta_left: on the M x M side (None: eta).
+    * normalize: "fro" divides each projector by its Frobenius norm, "none" does not.
+    * rule, rule_left: which directions are protected, see `parse_rule`; rule_left None: as `rule`.
+    * weighting: "batches" sums the means of the batches of the statistics pass (official: 100 images), "rows" all.
+    * ln_weight: factor of the LayerNorm drift loss.
+    * sides: "both", "left" or "right" alone.
     """
 
     eta: float = 0.97

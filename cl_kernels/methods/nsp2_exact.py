@@ -19,9 +19,10 @@ __all__ = ["NSP2Exact", "NSP2ExactOptions", "joint_tangent"]
 class NSP2ExactOptions(NSP2Options):
     """As `NSP2Options`, with no blending, no normalisation and no drift loss by default.
 
-    fold_gain: C1* = C_c diag(alpha) C1 diag(alpha) C_c. fold_sigma: C2* = diag(1/sigma) C2 diag(1/sigma) with the
-    prompts' sigma when the projector is built. tangent: remove the part of every step that changes sigma; it needs both
-    unblended projectors (eta = 1, normalize = "none").
+    * fold_gain: C1* = C_c diag(alpha) C1 diag(alpha) C_c.
+    * fold_sigma: C2* = diag(1/sigma) C2 diag(1/sigma) with the prompts' sigma when the projector is built.
+    * tangent: remove the part of every step that changes sigma; needs both unblended projectors (eta = 1, normalize =
+      "none").
     """
 
     eta: float = 1.0

@@ -21,9 +21,12 @@ __all__ = ["NullSpace", "NullSpaceOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceOptions(WeightOptions):
-    """rule: which input directions are protected ("energy:0.95" by default, see `parse_rule`). eta: weight of the
-    projector against the identity. normalize: "fro" is Adam-NSCL's, and shrinks the step by 1 / sqrt(free
-    directions)."""
+    """Options of `null-space`.
+
+    * rule: which input directions are protected, "energy:0.95" by default, see `parse_rule`.
+    * eta: weight of the projector against the identity.
+    * normalize: "fro" is what Adam-NSCL does; it shrinks the step by 1 / sqrt(free directions).
+    """
 
     rule: str = "energy:0.95"
     eta: float = 1.0
