@@ -167,10 +167,11 @@ def adamw(s: State, **options: Any) -> Callable[[], list[Tensor]]:
     for p, g in zip(params, s.grads, strict=True):
         p.grad = g
     optimizer = torch.optim.AdamW(params, lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0, **options)
+    values = [p.detach() for p in params]
 
     def step() -> list[Tensor]:
         optimizer.step()
-        return [p.detach() for p in params]
+        return values
 
     return step
 
@@ -232,11 +233,11 @@ def optimizer_case() -> Case:
         net = copy.deepcopy(model)
         for p, q in zip(net.parameters(), model.parameters(), strict=True):
             p.grad = q.grad
-        optimizer = make(net)
+        optimizer, values = make(net), [p.detach() for p in net.parameters()]
 
         def step() -> list[Tensor]:
             optimizer.step()
-            return [p.detach() for p in net.parameters()]
+            return values
 
         return step
 

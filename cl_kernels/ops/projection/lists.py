@@ -40,18 +40,15 @@ class Lists:
         forms: Sequence[int],
     ) -> tuple[int, int, int]:
         """Append one parameter; returns how it is seen, (batch, rows, columns). `step` is None if the host counts."""
-        pointers = self.pointers
-        pointers.append(self._written(param, self.weight))
-        if grad.dtype != self.weight or not grad.is_contiguous():
-            grad = grad.to(self.weight).contiguous()
+        weight, moment, written, (left, right) = self.weight, self.moment, self._written, sides
+        if grad.dtype != weight or not grad.is_contiguous():
+            grad = grad.to(weight).contiguous()
             self.held.append(grad)
-        pointers.append(grad.data_ptr())
-        for moment in moments:
-            pointers.append(self._written(moment, self.moment))
-        if len(moments) < 3:
-            pointers.append(0)
-        pointers.append(0 if step is None else self._written(step, torch.float32))
-        left, right = sides
+        largest = written(moments[2], moment) if len(moments) > 2 else 0
+        self.pointers += (
+            written(param, weight), grad.data_ptr(), written(moments[0], moment), written(moments[1], moment), largest,
+            0 if step is None else written(step, torch.float32),
+        )  # fmt: skip
         shape = matrix_shape(
             param.shape, None if left is None else left.shape[-2], None if right is None else right.shape[-2]
         )
