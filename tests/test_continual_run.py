@@ -190,11 +190,17 @@ class TestResume:
                 run(out=out, **changes)
 
     @pytest.mark.parametrize("name", ["nsp2", "nsp2-exact", "null-space", "matched-lr", "joint", "linear"])
-    @pytest.mark.parametrize("step", [4, 11, 26])
+    @pytest.mark.parametrize("step", [6, 11, 26])
     def test_ends_in_the_same_results(
         self, name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        options = {"options": {"schedule": "cosine"}, "checkpoint_steps": 2, "augment": "crop"}
+        # Random heads draw from torch's generator in every task; at step 6 a line of metrics.jsonl is newer than the
+        # checkpoint.
+        options = {
+            "options": {"schedule": "cosine", "head_init": "default"},
+            "checkpoint_steps": 2,
+            "augment": "crop",
+        }
         expected = run(name, **options)
         self.interrupted(tmp_path, monkeypatch, step, method=name, **options)
         assert comparable(run(name, out=tmp_path, resume=True, **options)) == comparable(expected)
