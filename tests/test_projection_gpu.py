@@ -89,6 +89,16 @@ def reference(p: dict[str, Any], times: int = 1) -> dict[str, Any]:
     return p
 
 
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head, self.prompt = nn.Linear(64, 48), nn.Linear(48, 5), nn.Parameter(torch.randn(1, 4, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.head(torch.tanh(self.fc(x + self.prompt.mean(1)))).square().mean()
+        return loss
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -184,6 +194,40 @@ def test_cuda_graph_reads_lr_and_steps_at_each_replay():
     check(ours, p, rtol=5e-5, atol=5e-6)
 
 
+def test_optimizer_in_a_cuda_graph():
+    net = Net().cuda()
+    twin = copy.deepcopy(net)
+    store = {"fc.weight": Projector(basis(64, 9, True)).to("cuda")}
+    rate = torch.tensor(1e-2, device="cuda")
+    captured = ProjectedAdamW(net.named_parameters(), lr=rate, subspace=store, capturable=True)
+    eager = ProjectedAdamW(twin.named_parameters(), lr=rate, subspace=store, capturable=True)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()  # makes the state
+    torch.cuda.current_stream().wait_stream(stream)
+    net.load_state_dict(twin.state_dict())
+    for state in captured.state.values():
+        for value in state.values():
+            value.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for i in range(5):
+        rate.fill_(1e-2 / (i + 1))
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad.copy_(q.grad)
+        graph.replay()
+        eager.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    refused = ProjectedAdamW(net.named_parameters(), subspace=store)
+    with pytest.raises(RuntimeError, match="capturable=False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        refused.step()
+
+
 def test_many_parameters_need_several_tables():
     p = problem(False)
     for key in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "left", "right"):
@@ -204,16 +248,6 @@ def test_scales_on_the_device():
     with use_backend("native"):
         projected_adam_step_(**ours)
     check(ours, reference(p))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.head, self.prompt = nn.Linear(64, 48), nn.Linear(48, 5), nn.Parameter(torch.randn(1, 4, 64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        loss: Tensor = self.head(torch.tanh(self.fc(x + self.prompt.mean(1)))).square().mean()
-        return loss
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}, {"nonfinite": "skip"}])

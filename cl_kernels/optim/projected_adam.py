@@ -134,6 +134,9 @@ class ProjectedAdam(ProjectedOptimizer):
             else:
                 bound.append(p)
                 sides.append(prepared)
+        first = free or bound
+        if first and first[0].is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph is being captured, but a parameter group has capturable=False")
         return free, bound, sides
 
     def _lists(self, group: dict[str, Any], params: list[Tensor], on_device: bool) -> tuple[list[Tensor], ...]:

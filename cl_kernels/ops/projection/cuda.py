@@ -15,7 +15,7 @@ from torch import Tensor
 from cl_kernels.ops import _native
 from cl_kernels.ops._registry import Unsupported
 from cl_kernels.ops.projection.lists import Lists, distinct
-from cl_kernels.ops.projection.reference import BASIS, apply_left, apply_right
+from cl_kernels.ops.projection.reference import BASIS, DENSE, Scale
 
 __all__ = ["step_cuda"]
 
@@ -32,6 +32,17 @@ class _Call:
     indices: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     floats: int = 0
+    workspace: Tensor = field(default_factory=lambda: torch.empty(0))
+    products: list[list[Tensor]] = field(default_factory=list)  # of large parameters: what each matrix product fills
+
+    def allocate(self, device: torch.device, left: list[Tensor | None], right: list[Tensor | None]) -> None:
+        """All memory is taken before anything is written: running out of it leaves the parameters as they were."""
+        self.workspace = torch.empty(max(self.floats, 1), dtype=torch.float32, device=device)
+        for i, (batch, rows, columns) in zip(self.indices, self.shapes, strict=True) if not self.small else ():
+            a, b = left[i], right[i]
+            shapes = [] if b is None else [(batch, rows, b.shape[-1])]
+            shapes += [] if a is None else [(batch, a.shape[-1], columns)]
+            self.products.append([torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes])
 
 
 def step_cuda(
@@ -83,6 +94,8 @@ def step_cuda(
         call.floats += batch * (rows * columns * (2 if small else 1) + small * max(rows * ranks[1], ranks[0] * columns))
     settings = (beta1, beta2, eps, weight_decay, decoupled_weight_decay, project_decay, -1.0 if maximize else 1.0)
     for (device, *_), call in calls.items():
+        call.allocate(device, left, right)
+    for (device, *_), call in calls.items():
         with torch.cuda.device(device):
             _launch(
                 device,
@@ -125,8 +138,7 @@ def _launch(
             lr = float(lr_tensor)
     read = [None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf)]
     given = None if device_scales is None else device_scales[call.indices].contiguous()
-    workspace = torch.empty(max(call.floats, 1), dtype=torch.float32, device=device)
-    lists = call.lists
+    lists, workspace = call.lists, call.workspace
     tensors = (
         0 if rate is None else rate.data_ptr(), rate is not None and rate.dtype == torch.float64,
         *(0 if t is None else t.data_ptr() for t in read), 0 if given is None else given.data_ptr(), not call.small,
@@ -141,23 +153,31 @@ def _launch(
         return
     module.projected_adam_cuda(1, *args)
     start = 0
-    for i, shape in zip(call.indices, call.shapes, strict=True):
+    for i, shape, products in zip(call.indices, call.shapes, call.products, strict=True):
         size = shape[0] * shape[1] * shape[2]
-        if size:
-            x = workspace[start : start + size].view(shape)
-            a = scales[4 * i : 4 * i + 4] if device_scales is None else device_scales[i].float().unbind()
-            _project_in_place(x, left[i], right[i], forms[2 * i : 2 * i + 2], a)
+        x = workspace[start : start + size].view(shape)
+        a = scales[4 * i : 4 * i + 4] if device_scales is None else device_scales[i].float().unbind()
+        if (matrix := right[i]) is not None:
+            _side_in_place(x, matrix.float(), forms[2 * i + 1], a[2], a[3], products[0], from_left=False)
+        if (matrix := left[i]) is not None:
+            _side_in_place(x, matrix.float(), forms[2 * i], a[0], a[1], products[-1], from_left=True)
         start += size
     module.projected_adam_cuda(2, *args)
 
 
-def _project_in_place(
-    x: Tensor, left: Tensor | None, right: Tensor | None, forms: list[int], scales: list[float] | tuple[Tensor, ...]
+def _side_in_place(
+    x: Tensor, matrix: Tensor, form: int, identity: Scale, span: Scale, product: Tensor, *, from_left: bool
 ) -> None:
-    y = x
-    if right is not None:
-        y = apply_right(y, right.float(), scales[2], scales[3], forms[1])
-    if left is not None:
-        y = apply_left(y, left.float(), scales[0], scales[1], forms[0])
-    if y is not x:
-        x.copy_(y)
+    """x <- P x or x P, by way of `product`."""
+    if form == DENSE:
+        torch.matmul(matrix, x, out=product) if from_left else torch.matmul(x, matrix, out=product)
+        x.copy_(product)
+        return
+    torch.matmul(matrix.mT, x, out=product) if from_left else torch.matmul(x, matrix, out=product)
+    x.mul_(identity)
+    product.mul_(span)
+    wide = matrix.expand(x.shape[0], *matrix.shape)
+    if from_left:
+        x.baddbmm_(wide, product, alpha=-1)
+    else:
+        x.baddbmm_(product, wide.mT, alpha=-1)
