@@ -50,10 +50,10 @@ def one_layer(n: int, d: int, dtype: torch.dtype, compiled: Callable[[Tensor], T
         "ours": lambda: ops.update_covariance_(cov, x),
         "torch C += X.T @ X": adding(gram, x),
     }
-    tolerance = {"ours": 1e-6, "torch C += X.T @ X": 1e-2 if dtype.itemsize == 2 else 1e-5}
+    tolerance = {"ours": 1e-6, "torch C += X.T @ X": 1e-2 if dtype.itemsize == 2 else 1e-4}  # 50000 x 4: 4e-5
     if dtype.itemsize == 2:
         variants["torch, X.float() first"] = adding(wide_gram, x)
-        tolerance["torch, X.float() first"] = 1e-5
+        tolerance["torch, X.float() first"] = 1e-4
     if compiled is not None:
         variants["torch.compile"] = adding(compiled, x)
         tolerance["torch.compile"] = tolerance["torch C += X.T @ X"]
