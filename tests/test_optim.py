@@ -573,6 +573,33 @@ def test_constructor_takes_generators_and_frozen_parameters(net):
     assert net.prompt not in optimizer.state
 
 
+def test_a_compiled_step_is_one_graph_and_is_not_compiled_again(net):
+    twin = copy.deepcopy(net)
+    rates = [torch.tensor(1e-2), torch.tensor(1e-2)]
+    compiled, eager = (
+        ProjectedAdamW(m.named_parameters(), lr=rate, subspace=subspace())
+        for m, rate in zip((net, twin), rates, strict=True)
+    )
+    graphs = []
+
+    def backend(module: Any, example: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    step = torch.compile(compiled.step, backend=backend, fullgraph=True)
+    for i in range(5):
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.clone()
+        for rate in rates:
+            rate.fill_(1e-2 / (i + 1))
+        step()
+        eager.step()
+    assert len(graphs) <= 2  # the first step makes the state
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)
+
+
 # -- any optimizer -----------------------------------------------------------------------------------------------------
 
 
