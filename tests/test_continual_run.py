@@ -20,7 +20,7 @@ from continual_tiny import one_thread, tiny_backbone, tiny_config, tiny_data
 from safetensors import safe_open
 
 from cl_kernels import continual, data, methods
-from cl_kernels.continual import checkpoint, feed, session
+from cl_kernels.continual import checkpoint, evaluate, feed, session
 from cl_kernels.errors import CheckpointError, NonFiniteError
 from cl_kernels.methods import HeadMethod
 
@@ -58,7 +58,7 @@ class TestResults:
         protects = name in ("nsp2", "nsp2-exact", "null-space", "matched-lr")
         assert [bool(part) for part in found["subspace"]] == [protects] * 3
         assert [len(part) for part in found["loss"]] == [0 if name == "class-mean" else 3] * 3
-        assert all(part[-1] < part[0] for part in found["loss"] if part)
+        assert all(part[-1] < part[0] for part in found["loss"][:1] if part), "the first task trains unprojected"
         assert (found["parameters"]["trainable"][0] > 0) is True
         assert found["seconds"]["total"] > 0
         assert found["tasks"][0]["train"] == 20
@@ -123,6 +123,53 @@ class TestResults:
     def test_the_embedded_data_and_backbone(self) -> None:
         found = continual.run(continual.RunConfig("class-mean", quick=True, threads=1, device="cpu"))
         assert found["average_accuracy"] > 0.4
+
+
+class TestEvaluate:
+    class Fixed:
+        """Logits that are read off the picture; every feature is the logit."""
+
+        classes = (4, 2, 0, 1)
+
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)
+
+        def logits(self, features: torch.Tensor) -> torch.Tensor:
+            return features
+
+    class Pictures:
+        labels = torch.tensor([0, 1, 1, 0])
+        rows = torch.tensor([[9.0, 0, 5, 1], [0, 9, 1, 5], [0, 0, 1, 9], [0, 0, 1, 5]])
+
+        def __len__(self) -> int:
+            return 4
+
+        def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            yield from zip(self.rows.split(size), self.labels.split(size), strict=True)
+
+    @pytest.mark.parametrize("size", [1, 3, 4])
+    def test_columns_outside_the_task_count_in_one_accuracy_only(self, size: int) -> None:
+        method: Any = self.Fixed()
+        pictures: Any = self.Pictures()
+        score = evaluate.evaluate(method, pictures, (0, 1), size)
+        assert score.accuracy == 0.25  # labels 4 and 2 win twice, label 1 wins for the last picture of label 0
+        assert score.task_accuracy == 0.75
+        assert torch.equal(score.features, pictures.rows)
+
+    def test_features_are_kept_evenly_and_the_same_whatever_the_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(evaluate, "DRIFT_IMAGES", 2)
+        method: Any = self.Fixed()
+        pictures: Any = self.Pictures()
+        for size in (1, 3, 4):
+            score = evaluate.evaluate(method, pictures, (0, 1), size)
+            assert torch.equal(score.features, pictures.rows[::2])
+
+    def test_drift_of_a_rotation_and_of_a_stretch(self) -> None:
+        before = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        assert evaluate.feature_drift(before, before) == (0, 0)
+        assert evaluate.feature_drift(3 * before, before) == (pytest.approx(2), pytest.approx(0, abs=1e-15))
+        turned = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+        assert evaluate.feature_drift(turned, before) == (pytest.approx(2**0.5), pytest.approx(1))
 
 
 class TestFiles:
