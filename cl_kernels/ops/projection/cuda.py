@@ -73,25 +73,8 @@ def step_cuda(
     if found_inf is not None and not all(step.is_cuda for step in steps):
         raise Unsupported("found_inf on the device needs the step counts there too")
     distinct([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs], grads)
-    calls: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call] = {}
-    for i, param in enumerate(params):
-        kinds = (param.dtype, exp_avgs[i].dtype)
-        if kinds not in _KINDS:
-            raise Unsupported(f"{kinds[0]} parameters with {kinds[1]} moments have no kernel")
-        small = _is_small(param, left[i], right[i], forms[2 * i + 1])
-        call = calls.setdefault((param.device, *kinds, small), _Call(Lists(*kinds), small))
-        moments = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
-        step = steps[i] if steps[i].is_cuda else None
-        shape = call.lists.add(param, grads[i], moments, step, (left[i], right[i]), forms[2 * i : 2 * i + 2])
-        call.lists.numbers += (
-            *(scales[4 * i : 4 * i + 4] or (1.0, 0.0, 1.0, 0.0)),
-            0.0 if step is not None else float(steps[i]),
-        )
-        call.indices.append(i)
-        call.shapes.append(shape)
-        batch, rows, columns = shape
-        ranks = [0 if side is None else side.shape[-1] for side in (left[i], right[i])]
-        call.floats += batch * (rows * columns * (2 if small else 1) + small * max(rows * ranks[1], ranks[0] * columns))
+    state = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    calls = _calls(state, left, right, forms, scales)
     settings = (beta1, beta2, eps, weight_decay, decoupled_weight_decay, project_decay, -1.0 if maximize else 1.0)
     for (device, *_), call in calls.items():
         call.allocate(device, left, right)
@@ -111,6 +94,37 @@ def step_cuda(
     for step in steps:
         if not step.is_cuda:
             step += 1
+
+
+def _calls(
+    state: tuple[list[Tensor], ...],
+    left: list[Tensor | None],
+    right: list[Tensor | None],
+    forms: list[int],
+    scales: list[float],
+) -> dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call]:
+    """The parameters, each in the call that takes its kind."""
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = state
+    calls: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call] = {}
+    for i, param in enumerate(params):
+        kinds = (param.dtype, exp_avgs[i].dtype)
+        if kinds not in _KINDS:
+            raise Unsupported(f"{kinds[0]} parameters with {kinds[1]} moments have no kernel")
+        small = _is_small(param, left[i], right[i], forms[2 * i + 1])
+        call = calls.setdefault((param.device, *kinds, small), _Call(Lists(*kinds), small))
+        moments = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
+        step = steps[i] if steps[i].is_cuda else None
+        shape = call.lists.add(param, grads[i], moments, step, (left[i], right[i]), forms[2 * i : 2 * i + 2])
+        call.lists.numbers += (
+            *(scales[4 * i : 4 * i + 4] or (1.0, 0.0, 1.0, 0.0)),
+            0.0 if step is not None else float(steps[i]),
+        )
+        call.indices.append(i)
+        call.shapes.append(shape)
+        batch, rows, columns = shape
+        ranks = [0 if side is None else side.shape[-1] for side in (left[i], right[i])]
+        call.floats += batch * (rows * columns * (2 if small else 1) + small * max(rows * ranks[1], ranks[0] * columns))
+    return calls
 
 
 def _is_small(param: Tensor, left: Tensor | None, right: Tensor | None, right_form: int) -> bool:
