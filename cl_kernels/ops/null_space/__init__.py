@@ -59,7 +59,9 @@ def null_space_projector(
     all-zero `cov` protects nothing, whatever the rule, with a warning.
 
     `normalize="fro"` is what NSP2 (Alg. 2, Eq. 29) and the Adam-NSCL code do: it scales white updates by 1/sqrt(d),
-    whatever is free, so it acts as a smaller learning rate. `solver`: "auto" and "eigh" are `symmetric_eigh`.
+    whatever is free, so it acts as a smaller learning rate. `solver`: "auto" and "eigh" are `symmetric_eigh`. A float32
+    `cov` is solved in float32, which protects well while the largest eigenvalue is below 3e5 times the cut; float64 has
+    no such limit.
     Raises as `symmetric_eigh`, and `ValueError` for `mix` outside [0, 1], unknown names, or what the rule refuses.
     Cost: one eigen-decomposition a matrix; nothing of size d^2 is kept but a slice of the eigenvectors.
     """
