@@ -66,7 +66,7 @@ def test_adam_twins_are_bit_equal_over_100_steps(name, store):
         a, b = params(), params()
         named = [(f"p{i}", p) for i, p in enumerate(a)]
         pair = [ours(named, lr=1e-2, subspace=store, **flags), torchs(b, lr=1e-2, **flags)]
-        walk(pair, [a, b], 100 if flags["foreach"] else 5)
+        walk(pair, [a, b], 100)
         assert equal(a, b), flags
         assert same_state(*pair), flags
 
