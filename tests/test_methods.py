@@ -237,6 +237,15 @@ class TestBodies:
         expected = {"full": linears, "null-space": linears, "linear": set(), "class-mean": set()}
         assert names == expected.get(name, prompts)
 
+    @pytest.mark.parametrize(
+        ("targets", "parts"), [("attention", ["attn.qkv", "attn.proj"]), ("mlp", ["mlp.fc1", "mlp.fc2"])]
+    )
+    def test_a_part_of_the_weights(self, targets: str, parts: list[str]) -> None:
+        method: Any = methods.create("null-space", tiny_model(), targets=targets)
+        train(method, TASKS[0])
+        expected = {f"blocks.{i}.{part}.weight" for i in (0, 1) for part in parts}
+        assert set(self.body(method)) == set(method.store) == expected
+
     def test_moments_are_new_in_every_task(self) -> None:
         method = methods.create("sequential", tiny_model())
         train(method, TASKS[0])
