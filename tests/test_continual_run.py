@@ -125,6 +125,32 @@ class TestResults:
         assert found["average_accuracy"] > 0.4
 
 
+class TestFeed:
+    @pytest.mark.parametrize("cache", [0, 1 << 20])
+    def test_several_tasks_keep_their_own_domains(self, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(session, "CACHE_BYTES", cache)
+        config = tiny_config("joint", domains=("invert", "identity"))
+        opened = session.open_session(config, tiny_data(), tiny_backbone())
+        both, images = opened.training(1), tiny_data().train.tensors()
+        rows = torch.cat([opened.tasks[0].train, opened.tasks[1].train])
+        expected = torch.cat([255 - images[opened.tasks[0].train], images[opened.tasks[1].train]])
+        order = torch.randperm(len(rows))
+        values, labels = both.batch(order)
+        torch.testing.assert_close(values, opened.preprocess(expected)[order])
+        assert torch.equal(labels, tiny_data().train.labels[rows][order])
+
+    @pytest.mark.parametrize("kind", ["flip", "crop"])
+    def test_augmentation_moves_pixels_and_depends_on_its_place_alone(self, kind: str) -> None:
+        images = torch.rand(6, 3, 16, 16)
+        made = feed.augment(images, kind, 0, 1, 2, 3)
+        assert torch.equal(made, feed.augment(images, kind, 0, 1, 2, 3))
+        assert not torch.equal(made, feed.augment(images, kind, 0, 1, 2, 4))
+        for one, source in zip(made, images, strict=True):
+            assert torch.isin(one, source).all()
+        if kind == "flip":
+            assert all(torch.equal(one, s) or torch.equal(one, s.flip(-1)) for one, s in zip(made, images, strict=True))
+
+
 class TestEvaluate:
     class Fixed:
         """Logits that are read off the picture; every feature is the logit."""
@@ -181,6 +207,12 @@ class TestFiles:
             x for part in found["loss"] for x in part
         ]
         assert lines[-1]["accuracy"] == found["accuracy_matrix"][-1]
+
+    def test_the_learning_rate_follows_the_schedule(self, tmp_path: Path) -> None:
+        run(out=tmp_path, epochs=10, lr=0.5, options={"schedule": "steps-official"})
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        rates = [line["lr"] for line in lines if line["event"] == "epoch"]
+        assert rates == pytest.approx([0.5 * rate for rate in methods.multipliers("steps-official", 10)] * 3, rel=1e-12)
 
     def test_a_directory_that_holds_a_run_is_not_written_over(self, tmp_path: Path) -> None:
         first = run(out=tmp_path)
