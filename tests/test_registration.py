@@ -40,6 +40,7 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
         torch.randn(6, 5, dtype=torch.float64, requires_grad=True),
     ),
     "symmetric_eigh": lambda: (torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64)),),
+    "spectral_projector": lambda: (torch.eye(3, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64), 3),
     "project": lambda: (
         torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
         *(None, None, None, 0),
