@@ -6,6 +6,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,9 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_a_killed_save_left_behind_is_swept_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    (tmp_path / ".a.safetensors.tmp").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".a.safetensors.{dead.pid}-0.tmp").write_bytes(b"half")
     checkpoint.save_atomically(path, {"new": 2}, fingerprint="f")
     assert os.listdir(tmp_path) == ["a.safetensors"]
 

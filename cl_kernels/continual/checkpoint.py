@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cl_kernels.errors import CheckpointError
+from cl_kernels.subspace._files import write_atomically
 
 __all__ = ["FORMAT", "VERSION", "load", "probe", "save_atomically", "write_atomically"]
 
@@ -23,29 +23,14 @@ Tree = Any  # dict with str or int keys | list | tuple | Tensor | str | int | fl
 
 
 def save_atomically(path: Path, tree: Tree, *, fingerprint: str) -> None:
-    """Write `tree` to `path`: a temporary file in the same directory, flushed to disk, then renamed over `path`.
+    """Write `tree` to `path` by `write_atomically`: killed at any byte, `path` is the old file or the new one.
 
-    Killed at any byte, `path` is either the old file or the new one. Raises `OSError` (disk full, read-only) with the
-    old file in place and the temporary one removed, and `TypeError` for a value that JSON cannot hold exactly."""
+    Raises `OSError` (disk full, read-only) with the old file in place, and `TypeError` for a value that JSON cannot
+    hold exactly."""
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_pack(tree, tensors), allow_nan=True)
     metadata = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "tree": layout}
     write_atomically(path, save(tensors, metadata))
-
-
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Replace the file `path` by `payload` in one step; see `save_atomically`."""
-    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed save left is overwritten by the next
-    try:
-        with open(temporary, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
 
 
 def load(path: Path, *, fingerprint: str, device: torch.device) -> Tree:
@@ -125,14 +110,3 @@ def _unpack(node: Any, tensors: dict[str, Tensor], device: torch.device) -> Tree
         return {key: _unpack(item, tensors, device) for key, item in body}
     items = [_unpack(item, tensors, device) for item in body]
     return tuple(items) if kind == "tuple" else items
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable. Windows cannot open directories; there the rename itself has to do."""
-    if os.name == "nt":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
