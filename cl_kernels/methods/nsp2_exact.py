@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 from cl_kernels.methods._options import Options
 from cl_kernels.methods.nsp2 import NSP2, NSP2Options
+from cl_kernels.ops import Projector
+from cl_kernels.subspace import fold_gain_and_centring, fold_sigma, tangent_update
 
-__all__ = ["NSP2Exact", "NSP2ExactOptions", "joint_tangent"]
+__all__ = ["NSP2Exact", "NSP2ExactOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +57,17 @@ class NSP2Exact(NSP2):
     def __init__(self, backbone: nn.Module, options: Options) -> None:
         super().__init__(backbone, options)
         self._before: list[Tensor] = []
-        self._dense: tuple[Tensor, Tensor] | None = None
+        self._stacked: tuple[Projector, Projector] | None = None
 
     @torch.no_grad()
     def _folded(self, name: str) -> tuple[Tensor, Tensor]:
         left, right = self.statistics[name]
         block = int(name.rpartition(".")[2])
         if self.options.fold_gain:
-            gain = self.model.norm1(block)[0].to(right)
-            right = gain[:, None] * right * gain
-            if self.model.norm1_centres(block):
-                right = right - right.mean(dim=0, keepdim=True)
-                right = right - right.mean(dim=1, keepdim=True)
-            right = 0.5 * (right + right.mT)
+            gain, centring = self.model.norm1(block)[0], self.model.norm1_centres(block)
+            right = fold_gain_and_centring(right, gain, centring=centring)
         if self.options.fold_sigma:
-            inverse = self.model.layernorm_sigma(block).to(left).reciprocal()
-            left = inverse[:, None] * left * inverse
+            left = fold_sigma(left, self.model.layernorm_sigma(block))
         return left, right
 
     def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -79,7 +76,7 @@ class NSP2Exact(NSP2):
             pairs = [self.store.sides(name) for name, _ in self._body()]
             left = torch.stack([side.left.matrix() for side in pairs if side.left is not None])
             right = torch.stack([side.right.matrix() for side in pairs if side.right is not None])
-            self._dense = (left, right)
+            self._stacked = (Projector.from_dense(left), Projector.from_dense(right))
             optimizer.register_step_pre_hook(self._remember)
             optimizer.register_step_post_hook(self._make_tangent)
         return optimizer
@@ -91,25 +88,11 @@ class NSP2Exact(NSP2):
     @torch.no_grad()
     def _make_tangent(self, *_: Any) -> None:
         """Replace the step just taken by its tangent part."""
-        if self._dense is None:
+        if self._stacked is None:
             return
+        left, right = self._stacked
         prompts = [prompt for _, prompt in self._body()]
         before = torch.cat(self._before)
-        step = joint_tangent(torch.cat([p.detach() for p in prompts]) - before, before, *self._dense)
+        step = tangent_update(torch.cat([p.detach() for p in prompts]) - before, before, right, left)
         for prompt, value in zip(prompts, before + step, strict=True):
             prompt.copy_(value[None])
-
-
-def joint_tangent(step: Tensor, prompts: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`X - B2 diag(mu) N` with N = C B and mu from `(B2 o (C B C^T)) mu = (n_i . X_i)_i` (method-null-space.md 7.2 d).
-
-    step X [L, M, D], already projected; prompts [L, M, D] before it, C their centred rows; left B2 [L, M, M] and right
-    B [L, D, D] unnormalised projectors. The result keeps both projections and, to first order, every row's sigma. A
-    pseudo-inverse serves where prompts are parallel. Cost: two [M, D] x [D, D] products and one M x M solve per layer.
-    """
-    centred = prompts - prompts.mean(dim=-1, keepdim=True)
-    normal = centred @ right
-    system = left * (centred @ normal.mT)
-    wanted = (normal * step).sum(dim=-1, keepdim=True)
-    mu: Tensor = torch.linalg.pinv(system.double(), hermitian=True).to(step) @ wanted
-    return step - left @ (mu * normal)

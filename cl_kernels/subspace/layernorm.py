@@ -25,8 +25,8 @@ def fold_gain_and_centring(matrix: Tensor, gain: Tensor, *, centring: bool = Tru
     alpha = _checks.vector("gain", gain, matrix.shape[-1]).to(matrix)
     folded = alpha[:, None] * matrix * alpha
     if centring:
-        folded = folded - folded.mean(dim=-1, keepdim=True)
         folded = folded - folded.mean(dim=-2, keepdim=True)
+        folded = folded - folded.mean(dim=-1, keepdim=True)
     return (folded + folded.mT) / 2
 
 
@@ -40,7 +40,8 @@ def fold_sigma(matrix: Tensor, sigma: Tensor) -> Tensor:
     scale = _checks.vector("sigma", sigma, matrix.shape[-1]).to(matrix)
     if not bool((scale > 0).all()):
         raise ValueError("sigma: expected positive numbers; a prompt of equal entries has none")
-    folded = matrix / scale / scale[:, None]
+    inverse = scale.reciprocal()
+    folded = inverse[:, None] * matrix * inverse
     return (folded + folded.mT) / 2
 
 
