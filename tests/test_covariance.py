@@ -254,6 +254,13 @@ def test_empty_rows_apply_beta_only(backend):
     assert float(count) == 0.5
 
 
+def test_rows_of_width_zero_are_still_counted(backend):
+    for rows in ((3000, 0), (2, 3, 0)):
+        total, count = torch.zeros(0), torch.ones(())
+        update_covariance_(zeros(0), torch.empty(rows), total=total, count=count)
+        assert float(count) == 1 + torch.Size(rows[:-1]).numel()
+
+
 def test_beta_zero_reads_nothing(backend, poison):
     cov, total = torch.full((40, 40), math.nan, dtype=F64), torch.full((40,), math.nan)
     x = torch.randn(70, 40)

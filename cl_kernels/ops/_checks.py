@@ -67,8 +67,9 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def no_overlap(name: str, value: Tensor) -> None:
     """`value` can be written to: no two of its elements share memory (expanded tensors do)."""
-    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
-        raise ValueError(f"{name}: cannot be written to, it is expanded (strides {value.stride()}); pass a `.clone()`")
+    strides = value.stride()
+    if 0 in strides and any(size > 1 and step == 0 for size, step in zip(value.shape, strides, strict=True)):
+        raise ValueError(f"{name}: cannot be written to, it is expanded (strides {strides}); pass a `.clone()`")
 
 
 def finite(name: str, value: Tensor) -> None:

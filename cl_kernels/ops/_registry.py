@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 
 from cl_kernels.errors import BackendUnavailableError
+from cl_kernels.ops import _native
 
 __all__ = ["OPS", "Implementation", "OpRecord", "Unsupported", "backend", "define", "explain", "use_backend"]
 
@@ -52,8 +53,8 @@ class OpRecord:
     reference: Kernel
     implementations: tuple[Implementation, ...]
 
-    def on(self, device: str) -> list[Implementation]:
-        return [implementation for implementation in self.implementations if implementation.device == device]
+    def on(self, device: str) -> tuple[Implementation, ...]:
+        return tuple(implementation for implementation in self.implementations if implementation.device == device)
 
 
 OPS: Final[dict[str, OpRecord]] = {}
@@ -116,7 +117,7 @@ def define(
     record = OPS[name] = OpRecord(name, overload, reference, implementations)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     for device in sorted({implementation.device for implementation in implementations}):
-        _LIBRARY.impl(name, functools.partial(_run, record, device), device.upper())
+        _LIBRARY.impl(name, functools.partial(_run, record, device, record.on(device)), device.upper())
     torch.library.register_fake(f"cl_kernels::{name}", fake, lib=_LIBRARY)
     return overload
 
@@ -148,10 +149,10 @@ def explain(op: str | Callable[..., Any], *args: Any) -> str:
     return "\n".join(lines)
 
 
-def _run(record: OpRecord, device: str, *args: Any, **kwargs: Any) -> Any:
+def _run(record: OpRecord, device: str, choices: tuple[Implementation, ...], *args: Any, **kwargs: Any) -> Any:
     wanted = backend()
     reasons: list[tuple[str, str]] = []
-    for implementation in record.on(device):
+    for implementation in choices:
         if _passed_over(implementation, wanted):
             continue
         reason = implementation.missing()
@@ -198,14 +199,10 @@ def _device_of(values: Iterable[Any]) -> str:
 
 
 def _no_native() -> str | None:
-    from cl_kernels.ops import _native
-
     return _native.why_missing()
 
 
 def _no_native_cuda() -> str | None:
-    from cl_kernels.ops import _native
-
     return _native.why_missing() or (None if _native.cuda_built() else "the native module was built without CUDA")
 
 

@@ -18,6 +18,7 @@ from cl_kernels.ops.covariance import cpu, reference
 __all__ = ["expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
 
 _STATE = (torch.float32, torch.float64)
+_SCALAR = torch.Size(())
 _NAMES = ("cov", "x", "total", "count", "weight")
 
 
@@ -98,8 +99,7 @@ def update_head_grams_(grams: Tensor, q: Tensor, *, alpha: float = 1.0, beta: fl
         wanted = (q.shape[1], q.shape[3], q.shape[3])
         raise ValueError(f"grams: expected shape {wanted} for q of shape {tuple(q.shape)}, got {tuple(grams.shape)}")
     _checks.same_device("q", q, "grams", grams)
-    _checks.no_overlap("grams", grams)
-    _refuse_gradient("grams", grams)
+    _writable("grams", grams)
     _checked_scales(alpha, beta)
     _HEAD_GRAMS(grams, q.detach(), float(alpha), float(beta))
     increment_version(grams)
@@ -142,14 +142,14 @@ def _check(entry: str, cov: Tensor, x: Tensor, total: Tensor | None, count: Tens
     if x.ndim < 1 or x.shape[-1] != cov.shape[0]:
         raise ValueError(f"{x_name}: expected shape [..., {cov.shape[0]}] for {cov_name}, got {tuple(x.shape)}")
     _checks.same_device(x_name, x, cov_name, cov)
-    for name, state, shape in ((cov_name, cov, cov.shape), (total_name, total, x.shape[-1:]), (count_name, count, ())):
+    _writable(cov_name, cov)
+    for name, state, shape in ((total_name, total, cov.shape[:1]), (count_name, count, _SCALAR)):
         if state is not None:
             _checks.floating(name, state, *_STATE)
-            if state.shape != torch.Size(shape):
+            if state.shape != shape:
                 raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(state.shape)}")
             _checks.same_device(name, state, cov_name, cov)
-            _checks.no_overlap(name, state)
-            _refuse_gradient(name, state)
+            _writable(name, state)
     if w is not None:
         _checks.floating(weight_name, w)
         if w.shape != x.shape[:-1]:
@@ -157,7 +157,8 @@ def _check(entry: str, cov: Tensor, x: Tensor, total: Tensor | None, count: Tens
         _checks.same_device(weight_name, w, cov_name, cov)
 
 
-def _refuse_gradient(name: str, state: Tensor) -> None:
+def _writable(name: str, state: Tensor) -> None:
+    _checks.no_overlap(name, state)
     if state.requires_grad:
         raise ValueError(f"{name}: is written in place and must not require a gradient; pass `.detach()`")
 

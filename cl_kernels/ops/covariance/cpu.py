@@ -87,15 +87,17 @@ class _Update:
         self.folded: Tensor | None = None
         self.folded_sums: Tensor | None = None
         x = x if x.dtype in _native.DTYPE else x.float()  # 8-bit floats
-        self.rows = x if len(_levels(x)) <= 2 else x.contiguous()
+        if not x.is_contiguous() and len(_levels(x)) > 2:
+            x = x.contiguous()
+        self.rows = x
         self.problems: list[Problem] = []
-        rest = self._fold(size) if size <= FOLDED_DIM and weight is None else self.rows
+        rest = self._fold(size) if 0 < size <= FOLDED_DIM and weight is None else x
         if size:
             self.problems.append(_problem(self.target, rest, self.weight, self.sums))
 
     def _fold(self, size: int) -> Tensor:
         """Give most rows to the kernel as rows of several vectors each, and return those that are left over."""
-        times = PANEL // max(size, 1)
+        times = PANEL // size
         many = self.rows.shape[:-1].numel() // times
         if many < times or not self.rows.is_contiguous():
             return self.rows
@@ -128,15 +130,18 @@ def _contiguous_weight(weight: Tensor, rows: torch.dtype) -> Tensor:
 
 
 def _problem(cov: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor | None) -> Problem:
-    levels = [*_levels(x), (1, 0), (1, 0)]
-    (inner, inner_stride), (outer, outer_stride) = levels[:2]
-    if 0 in x.shape[:-1]:
-        outer = inner = 0
+    size = cov.shape[0]
+    if x.is_contiguous():  # the usual case, without the walk
+        inner, inner_stride, outer, outer_stride = x.numel() // size, size, 1, 0
+    else:
+        (inner, inner_stride), (outer, outer_stride) = [*_levels(x), (1, 0), (1, 0)][:2]
+        if x.numel() == 0:
+            outer = inner = 0
     return (
         cov.data_ptr(),
         cov.stride(0),
         _native.DTYPE[cov.dtype],
-        cov.shape[0],
+        size,
         x.data_ptr(),
         _native.DTYPE[x.dtype],
         outer,
