@@ -518,10 +518,13 @@ def test_two_processes_sum_to_one(tmp_path: Path) -> None:
         child.start()
     for child in children:
         child.join(120)
+        child.kill()  # nothing, unless it hangs
+        child.join()
     assert [child.exitcode for child in children] == [0, 0]
 
 
 def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # a forked child has none of its parent's OpenMP threads, and would wait for them for ever
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
         _distributed_checks(rank)
