@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from cl_kernels.errors import CheckpointError
 
 timm = pytest.importorskip("timm", reason="backbones are timm models")
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "pretrain_backbone.py"
 SHAPE = {
     "img_size": 16,
     "patch_size": 8,
@@ -198,30 +201,49 @@ def ink_shard(path: Path) -> None:
     )
 
 
-def command(folder: Path, out: str, *more: str) -> list[str]:
-    script = [sys.executable, str(ROOT / "examples" / "pretrain_backbone.py"), "--data", str(folder / "ink.npz")]
-    small = ["--size=16", "--width=16", "--heads=2", "--depth=1", "--batch=16", "--epochs=6", "--save-every=2"]
-    return [*script, "--out", str(folder / out), *small, *more]
+SMALL = ["--size=16", "--width=16", "--heads=2", "--depth=1", "--batch=16", "--epochs=6", "--save-every=2"]
 
 
-def test_pretraining_is_seeded_and_resumes_exactly(tmp_path: Path) -> None:
+def arguments(folder: Path, out: str, *more: str) -> list[str]:
+    return ["--data", str(folder / "ink.npz"), "--out", str(folder / out), *SMALL, *more]
+
+
+@pytest.fixture
+def script() -> Iterator[ModuleType]:
+    """The script as a module; it sets torch's threads, which are put back."""
+    spec = importlib.util.spec_from_file_location("pretrain_backbone", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules[spec.name]
+
+
+def test_pretraining_is_seeded_and_resumes_exactly(
+    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     ink_shard(tmp_path / "ink.npz")
-    subprocess.run(command(tmp_path, "whole.safetensors"), check=True, capture_output=True, text=True)
-    half = subprocess.Popen(command(tmp_path, "half.safetensors"), stdout=subprocess.PIPE, text=True)
-    assert half.stdout is not None
-    for line in half.stdout:
+    script.main(arguments(tmp_path, "whole.safetensors"))
+    command = [sys.executable, str(SCRIPT), *arguments(tmp_path, "half.safetensors")]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    for line in killed.stdout:
         if line.startswith("epoch    4"):
-            half.send_signal(signal.SIGKILL)
+            killed.send_signal(signal.SIGKILL)
             break
-    half.stdout.close()
-    half.wait()
+    killed.stdout.close()
+    killed.wait()
     assert not (tmp_path / "half.safetensors").exists()
-    done = subprocess.run(command(tmp_path, "half.safetensors"), check=True, capture_output=True, text=True)
-    assert "epoch    1" not in done.stdout
+    capsys.readouterr()
+    script.main(arguments(tmp_path, "half.safetensors"))
+    assert "epoch    1" not in capsys.readouterr().out
     whole, resumed = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "half.safetensors")
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     model, _ = data.load_backbone(tmp_path / "half.safetensors")
     assert torch.equal(model.blocks[0].mlp.fc1.weight, whole["blocks.0.mlp.fc1.weight"])
-    other = subprocess.run(command(tmp_path, "half.safetensors", "--seed=1"), capture_output=True, text=True)
-    assert other.returncode != 0
-    assert "another command" in other.stderr
+    with pytest.raises(SystemExit, match="another command"):
+        script.main(arguments(tmp_path, "half.safetensors", "--seed=1"))
