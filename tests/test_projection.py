@@ -15,6 +15,7 @@ from torch import Tensor
 import cl_kernels as clk
 from cl_kernels.ops import Projector, project, projected_adam_step_
 from cl_kernels.ops._registry import OPS
+from cl_kernels.ops.projection.arguments import Step
 from cl_kernels.ops.projection.reference import BASIS, DENSE, NONE, matrix_shape
 
 HYPER = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
@@ -438,6 +439,11 @@ def op_args(name: str) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_opcheck(name, which):
     torch.library.opcheck(OPS[name].overload, op_args(name)[which])
+
+
+def test_the_arguments_have_the_order_of_the_schema():
+    schema = OPS["projected_adam_step_"].overload._schema
+    assert tuple(argument.name for argument in schema.arguments) == Step._fields
 
 
 def test_compiles_in_one_graph():

@@ -48,7 +48,8 @@ def update_covariance_(
     """
     _check("", cov, x, total, count, weight)
     _checked_scales(alpha, beta)
-    _COVARIANCE(cov, x.detach(), total, count, None if weight is None else weight.detach(), float(alpha), float(beta))
+    rows = x.detach() if x.requires_grad else x
+    _COVARIANCE(cov, rows, total, count, None if weight is None else weight.detach(), float(alpha), float(beta))
     increment_version([state for state in (cov, total, count) if state is not None])
     return cov
 
@@ -165,6 +166,8 @@ def _writable(name: str, state: Tensor) -> None:
 
 def _checked_scales(alpha: float, beta: float) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
+        if type(value) is float and math.isfinite(value):
+            continue  # what is usual should cost nothing
         if not math.isfinite(_checks.number(name, value)):
             raise ValueError(f"Invalid {name} value: {value} (expected a finite number)")
 

@@ -8,12 +8,14 @@ are work for tensor cores, and the rest is bandwidth.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_kernels.ops import _native
 from cl_kernels.ops._registry import Unsupported
+from cl_kernels.ops.projection.arguments import Step
 from cl_kernels.ops.projection.lists import Lists, distinct
 from cl_kernels.ops.projection.reference import BASIS, DENSE, Scale
 
@@ -35,94 +37,53 @@ class _Call:
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
     products: list[list[Tensor]] = field(default_factory=list)  # of large parameters: what each matrix product fills
 
-    def allocate(self, device: torch.device, left: list[Tensor | None], right: list[Tensor | None]) -> None:
+    def allocate(self, device: torch.device, s: Step) -> None:
         """All memory is taken before anything is written: running out of it leaves the parameters as they were."""
         self.workspace = torch.empty(max(self.floats, 1), dtype=torch.float32, device=device)
         for i, (batch, rows, columns) in zip(self.indices, self.shapes, strict=True) if not self.small else ():
-            a, b = left[i], right[i]
+            a, b = s.left[i], s.right[i]
             shapes = [] if b is None else [(batch, rows, b.shape[-1])]
             shapes += [] if a is None else [(batch, a.shape[-1], columns)]
             self.products.append([torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes])
 
 
-def step_cuda(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    left: list[Tensor | None],
-    right: list[Tensor | None],
-    forms: list[int],
-    scales: list[float],
-    device_scales: Tensor | None,
-    lr: float,
-    lr_tensor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    project_decay: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def step_cuda(*arguments: Any) -> None:
     """Never waits for the device: learning rate, steps, scale and found_inf are read there if they live there."""
-    if found_inf is not None and not all(step.is_cuda for step in steps):
+    s = Step(*arguments)
+    if s.found_inf is not None and not all(step.is_cuda for step in s.steps):
         raise Unsupported("found_inf on the device needs the step counts there too")
-    distinct([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs], grads)
-    state = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-    calls = _calls(state, left, right, forms, scales)
-    settings = (beta1, beta2, eps, weight_decay, decoupled_weight_decay, project_decay, -1.0 if maximize else 1.0)
+    distinct([*s.params, *s.exp_avgs, *s.exp_avg_sqs, *s.max_exp_avg_sqs], s.grads)
+    calls = _calls(s)
     for (device, *_), call in calls.items():
-        call.allocate(device, left, right)
+        call.allocate(device, s)
     for (device, *_), call in calls.items():
         with torch.cuda.device(device):
-            _launch(
-                device,
-                call,
-                settings,
-                lr,
-                lr_tensor,
-                grad_scale,
-                found_inf,
-                (left, right, forms, scales, device_scales),
-            )
+            _launch(device, call, s)
         call.lists.write_back()
-    for step in steps:
+    for step in s.steps:
         if not step.is_cuda:
             step += 1
 
 
-def _calls(
-    state: tuple[list[Tensor], ...],
-    left: list[Tensor | None],
-    right: list[Tensor | None],
-    forms: list[int],
-    scales: list[float],
-) -> dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call]:
+def _calls(s: Step) -> dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call]:
     """The parameters, each in the call that takes its kind."""
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = state
     calls: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], _Call] = {}
-    for i, param in enumerate(params):
-        kinds = (param.dtype, exp_avgs[i].dtype)
+    for i, param in enumerate(s.params):
+        kinds = (param.dtype, s.exp_avgs[i].dtype)
         if kinds not in _KINDS:
             raise Unsupported(f"{kinds[0]} parameters with {kinds[1]} moments have no kernel")
-        small = _is_small(param, left[i], right[i], forms[2 * i + 1])
+        small = _is_small(param, s.left[i], s.right[i], s.forms[2 * i + 1])
         call = calls.setdefault((param.device, *kinds, small), _Call(Lists(*kinds), small))
-        moments = (exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1])
-        step = steps[i] if steps[i].is_cuda else None
-        shape = call.lists.add(param, grads[i], moments, step, (left[i], right[i]), forms[2 * i : 2 * i + 2])
+        step = s.steps[i] if s.steps[i].is_cuda else None
+        shape = call.lists.add(s, i, step)
         call.lists.numbers += (
-            *(scales[4 * i : 4 * i + 4] or (1.0, 0.0, 1.0, 0.0)),
-            0.0 if step is not None else float(steps[i]),
+            *(s.scales[4 * i : 4 * i + 4] or (1.0, 0.0, 1.0, 0.0)),
+            0.0 if step is not None else float(s.steps[i]),
         )
         call.indices.append(i)
         call.shapes.append(shape)
         batch, rows, columns = shape
-        ranks = [0 if side is None else side.shape[-1] for side in (left[i], right[i])]
+        ranks = [0 if side is None else side.shape[-1] for side in (s.left[i], s.right[i])]
         call.floats += batch * (rows * columns * (2 if small else 1) + small * max(rows * ranks[1], ranks[0] * columns))
     return calls
 
@@ -133,33 +94,24 @@ def _is_small(param: Tensor, left: Tensor | None, right: Tensor | None, right_fo
     return rows <= _SMALL_ROWS and param.numel() <= _SMALL_ELEMENTS and inner <= 1024
 
 
-def _launch(
-    device: torch.device,
-    call: _Call,
-    settings: tuple[float, float, float, float, bool, bool, float],
-    lr: float,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    sides: tuple[list[Tensor | None], list[Tensor | None], list[int], list[float], Tensor | None],
-) -> None:
-    left, right, forms, scales, device_scales = sides
-    rate = None
-    if lr_tensor is not None:
-        if lr_tensor.is_cuda:
-            rate = lr_tensor if lr_tensor.dtype in (torch.float32, torch.float64) else lr_tensor.double()
+def _launch(device: torch.device, call: _Call, s: Step) -> None:
+    rate, lr = None, s.lr
+    if s.lr_tensor is not None:
+        if s.lr_tensor.is_cuda:
+            rate = s.lr_tensor if s.lr_tensor.dtype in (torch.float32, torch.float64) else s.lr_tensor.double()
         else:
-            lr = float(lr_tensor)
-    read = [None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf)]
-    given = None if device_scales is None else device_scales[call.indices].contiguous()
+            lr = float(s.lr_tensor)
+    read = [None if t is None else t.to(device, torch.float32) for t in (s.grad_scale, s.found_inf)]
+    given = None if s.device_scales is None else s.device_scales[call.indices].contiguous()
     lists, workspace = call.lists, call.workspace
     tensors = (
         0 if rate is None else rate.data_ptr(), rate is not None and rate.dtype == torch.float64,
         *(0 if t is None else t.data_ptr() for t in read), 0 if given is None else given.data_ptr(), not call.small,
     )  # fmt: skip
     args = (
-        lists.pointers, lists.sizes, lists.numbers, _native.DTYPE[lists.weight], _native.DTYPE[lists.moment], lr,
-        *settings, *tensors, workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream,
+        lists.pointers, lists.sizes, lists.numbers, _native.DTYPE[lists.weight], _native.DTYPE[lists.moment],
+        lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.decoupled_weight_decay, s.project_decay,
+        -1.0 if s.maximize else 1.0, *tensors, workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream,
     )  # fmt: skip
     module = _native.load()
     if call.small:
@@ -170,11 +122,11 @@ def _launch(
     for i, shape, products in zip(call.indices, call.shapes, call.products, strict=True):
         size = shape[0] * shape[1] * shape[2]
         x = workspace[start : start + size].view(shape)
-        a = scales[4 * i : 4 * i + 4] if device_scales is None else device_scales[i].float().unbind()
-        if (matrix := right[i]) is not None:
-            _side_in_place(x, matrix.float(), forms[2 * i + 1], a[2], a[3], products[0], from_left=False)
-        if (matrix := left[i]) is not None:
-            _side_in_place(x, matrix.float(), forms[2 * i], a[0], a[1], products[-1], from_left=True)
+        a = s.scales[4 * i : 4 * i + 4] if s.device_scales is None else s.device_scales[i].float().unbind()
+        if (matrix := s.right[i]) is not None:
+            _side_in_place(x, matrix.float(), s.forms[2 * i + 1], a[2], a[3], products[0], from_left=False)
+        if (matrix := s.left[i]) is not None:
+            _side_in_place(x, matrix.float(), s.forms[2 * i], a[0], a[1], products[-1], from_left=True)
         start += size
     module.projected_adam_cuda(2, *args)
 

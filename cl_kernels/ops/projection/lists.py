@@ -6,13 +6,13 @@ views, 16-bit parameters on the CPU) is worked on in a copy and written back: a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cl_kernels.ops._registry import Unsupported
+from cl_kernels.ops.projection.arguments import Step
 from cl_kernels.ops.projection.reference import NONE, matrix_shape
 
 __all__ = ["Lists", "distinct"]
@@ -30,24 +30,20 @@ class Lists:
     held: list[Tensor] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        moments: Sequence[Tensor],
-        step: Tensor | None,
-        sides: tuple[Tensor | None, Tensor | None],
-        forms: Sequence[int],
-    ) -> tuple[int, int, int]:
-        """Append one parameter; returns how it is seen, (batch, rows, columns). `step` is None if the host counts."""
-        weight, moment, written, (left, right) = self.weight, self.moment, self._written, sides
+    def add(self, s: Step, i: int, step: Tensor | None) -> tuple[int, int, int]:
+        """Append parameter `i` but for its numbers; returns how it is seen, (batch, rows, columns).
+
+        `step` is None if the host counts.
+        """
+        weight, moment, written = self.weight, self.moment, self._written
+        param, grad, left, right = s.params[i], s.grads[i], s.left[i], s.right[i]
         if grad.dtype != weight or not grad.is_contiguous():
             grad = grad.to(weight).contiguous()
             self.held.append(grad)
-        largest = written(moments[2], moment) if len(moments) > 2 else 0
+        largest = written(s.max_exp_avg_sqs[i], moment) if s.max_exp_avg_sqs else 0
         self.pointers += (
-            written(param, weight), grad.data_ptr(), written(moments[0], moment), written(moments[1], moment), largest,
-            0 if step is None else written(step, torch.float32),
+            written(param, weight), grad.data_ptr(), written(s.exp_avgs[i], moment), written(s.exp_avg_sqs[i], moment),
+            largest, 0 if step is None else written(step, torch.float32),
         )  # fmt: skip
         shape = matrix_shape(
             param.shape, None if left is None else left.shape[-2], None if right is None else right.shape[-2]
@@ -55,8 +51,8 @@ class Lists:
         if shape is None:
             raise ValueError(f"projectors do not fit shape {tuple(param.shape)}")
         self.sizes += shape
-        self._side(left, forms[0])
-        self._side(right, forms[1])
+        self._side(left, s.forms[2 * i])
+        self._side(right, s.forms[2 * i + 1])
         return shape
 
     def write_back(self) -> None:

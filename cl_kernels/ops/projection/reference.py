@@ -10,9 +10,12 @@ No value is read on the host, so the reference may be captured and compiled like
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cl_kernels.ops.projection.arguments import Step
 
 __all__ = ["BASIS", "DENSE", "NONE", "apply_left", "apply_right", "matrix_shape", "project", "projected_adam_step_"]
 
@@ -91,55 +94,34 @@ def cast(scale: Tensor | None, dtype: torch.dtype) -> Scale:
     return 1.0 if scale is None else scale.to(dtype)
 
 
-def projected_adam_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    left: list[Tensor | None],
-    right: list[Tensor | None],
-    forms: list[int],
-    scales: list[float],
-    device_scales: Tensor | None,
-    lr: float,
-    lr_tensor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    project_decay: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def projected_adam_step_(*arguments: Any) -> None:
     """The whole step, one parameter after the other; arithmetic in the moments' dtype, at least float32."""
-    rate: Scale = lr if lr_tensor is None else lr_tensor.double()
-    for i, param in enumerate(params):
-        work = torch.promote_types(exp_avgs[i].dtype, torch.float32)
-        weight, grad = param.to(work), grads[i].to(work)
-        if grad_scale is not None:
-            grad = grad / grad_scale.to(work)
-        if maximize:
+    s = Step(*arguments)
+    rate: Scale = s.lr if s.lr_tensor is None else s.lr_tensor.double()
+    for i, param in enumerate(s.params):
+        work = torch.promote_types(s.exp_avgs[i].dtype, torch.float32)
+        weight, grad = param.to(work), s.grads[i].to(work)
+        if s.grad_scale is not None:
+            grad = grad / s.grad_scale.to(work)
+        if s.maximize:
             grad = -grad
-        if weight_decay and not decoupled_weight_decay:
-            grad = grad + weight_decay * weight
-        step = steps[i] + 1
-        exp_avg = beta1 * exp_avgs[i].to(work) + (1 - beta1) * grad
-        exp_avg_sq = beta2 * exp_avg_sqs[i].to(work) + (1 - beta2) * grad * grad
-        largest = torch.maximum(max_exp_avg_sqs[i].to(work), exp_avg_sq) if max_exp_avg_sqs else exp_avg_sq
-        update = -_corrected(exp_avg, largest, step.double(), rate, beta1, beta2, eps)
-        if weight_decay and decoupled_weight_decay:
-            decay = rate * weight_decay * weight
-            update, weight = (update - decay, weight) if project_decay else (update, weight - decay)
-        update = _projected(update, i, left[i], right[i], forms, scales, device_scales)
+        if s.weight_decay and not s.decoupled_weight_decay:
+            grad = grad + s.weight_decay * weight
+        step = s.steps[i] + 1
+        exp_avg = s.beta1 * s.exp_avgs[i].to(work) + (1 - s.beta1) * grad
+        exp_avg_sq = s.beta2 * s.exp_avg_sqs[i].to(work) + (1 - s.beta2) * grad * grad
+        most = s.max_exp_avg_sqs[i : i + 1]  # empty without amsgrad
+        largest = torch.maximum(most[0].to(work), exp_avg_sq) if most else exp_avg_sq
+        update = -_corrected(exp_avg, largest, step.double(), rate, s.beta1, s.beta2, s.eps)
+        if s.weight_decay and s.decoupled_weight_decay:
+            decay = rate * s.weight_decay * weight
+            update, weight = (update - decay, weight) if s.project_decay else (update, weight - decay)
+        update = _projected(update, i, s)
         new = [torch.where(update == 0, weight, weight + update)]  # -0.0 + 0.0 would lose the sign
-        new += [exp_avg, exp_avg_sq, step] + ([largest] if max_exp_avg_sqs else [])
-        old = [param, exp_avgs[i], exp_avg_sqs[i], steps[i]] + ([max_exp_avg_sqs[i]] if max_exp_avg_sqs else [])
-        for target, value in zip(old, new, strict=True):
-            target.copy_(value if found_inf is None else torch.where(found_inf.to(value.device) != 0, target, value))
+        new += [exp_avg, exp_avg_sq, step, largest]
+        for target, value in zip((param, s.exp_avgs[i], s.exp_avg_sqs[i], s.steps[i], *most), new, strict=False):
+            skip = s.found_inf
+            target.copy_(value if skip is None else torch.where(skip.to(value.device) != 0, target, value))
 
 
 def _corrected(m: Tensor, v: Tensor, step: Tensor, lr: Scale, beta1: float, beta2: float, eps: float) -> Tensor:
@@ -149,26 +131,19 @@ def _corrected(m: Tensor, v: Tensor, step: Tensor, lr: Scale, beta1: float, beta
     return rate.to(m.dtype) * torch.where(m == 0, m, direction)
 
 
-def _projected(
-    update: Tensor,
-    i: int,
-    left: Tensor | None,
-    right: Tensor | None,
-    forms: list[int],
-    scales: list[float],
-    device_scales: Tensor | None,
-) -> Tensor:
+def _projected(update: Tensor, i: int, step: Step) -> Tensor:
+    left, right, forms = step.left[i], step.right[i], step.forms[2 * i : 2 * i + 2]
     shape = matrix_shape(update.shape, *(None if s is None else s.shape[-2] for s in (left, right)))
     if shape is None:
         raise ValueError(f"params[{i}]: its projectors do not fit shape {tuple(update.shape)}")
     batch, rows, columns = shape
     flat = batch == 1 and update.ndim > 2 and (rows, columns) != tuple(update.shape[-2:])
     x = update.reshape(rows, columns) if flat or update.ndim < 2 else update
-    a: list[Scale] = list(scales[4 * i : 4 * i + 4])
-    if device_scales is not None:
-        a = list(device_scales[i].to(update.dtype).unbind())
+    a: list[Scale] = list(step.scales[4 * i : 4 * i + 4])
+    if step.device_scales is not None:
+        a = list(step.device_scales[i].to(update.dtype).unbind())
     if right is not None:
-        x = apply_right(x, right.to(update.dtype), a[2], a[3], forms[2 * i + 1])
+        x = apply_right(x, right.to(update.dtype), a[2], a[3], forms[1])
     if left is not None:
-        x = apply_left(x, left.to(update.dtype), a[0], a[1], forms[2 * i])
+        x = apply_left(x, left.to(update.dtype), a[0], a[1], forms[0])
     return x.reshape(update.shape)
