@@ -14,6 +14,7 @@ import pytest
 
 from cl_kernels import cli, continual, methods
 from cl_kernels.cli import _errors, _options
+from cl_kernels.data.pictures import BrokenImageError
 from cl_kernels.errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -117,7 +118,7 @@ def test_train_passes_on_what_it_is_told(command: Run, configs: list[Any], tmp_p
         " --checkpoint-minutes 0.5 --checkpoint-steps 11 --quick --strict --tensorboard --no-plot"
     )
     code, out, err = command(*words.split(), "--out", str(tmp_path / "run"))
-    assert (code, err) == (0, "")
+    assert (code, "starting from the beginning" in one_line(err)) == (0, True)
     assert configs == [
         continual.RunConfig(
             method="null-space", data="digits", tasks=3, backbone="embedded", weights="w.safetensors", epochs=2,
@@ -200,7 +201,8 @@ def test_hostile_config_files(command: Run, configs: list[Any], tmp_path: Path, 
         (FileNotFoundError("data 'x.npz': there is no such file or folder"), 2),
         (FileNotFoundError(2, "No such file or directory", "pics"), 1),
         (OSError(28, "No space left on device", "out"), 1),
-        (KeyboardInterrupt(), 1),
+        (KeyboardInterrupt(), 130),
+        (BrokenImageError("pics/a.jpg: not a readable picture (truncated)"), 1),
     ],
 )
 def test_errors_become_one_line_and_a_code(
@@ -229,6 +231,42 @@ def test_a_run_that_sigterm_ends_is_no_failure(
     assert one_line(err) == "stopped by SIGTERM; resume continues"
 
 
+def test_resume_says_when_there_is_nothing_to_resume(command: Run, configs: list[Any], tmp_path: Path) -> None:
+    code, _, err = command("train", "linear", "--no-plot", "--resume", "--out", str(tmp_path / "new"))
+    assert code == 0
+    assert "no checkpoint to resume from; starting from the beginning" in one_line(err)
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "last.safetensors").touch()
+    assert command("train", "linear", "--no-plot", "--resume", "--out", str(tmp_path / "old"))[::2] == (0, "")
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_broken_images_are_told(
+    command: Run, configs: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, skipped: int
+) -> None:
+    finished = continual.run
+    monkeypatch.setattr(continual, "run", lambda config: {**finished(config), "skipped_images": skipped})
+    code, out, _ = command("train", "linear", "--no-plot", "--out", str(tmp_path))
+    assert code == 0
+    assert ("Broken images left out" in out) == (skipped > 0)
+
+
+def test_a_reader_that_leaves_early_is_no_error_message(tmp_path: Path) -> None:
+    """`cl-kernels inspect FILE --all | head -1`, with more to say than a pipe holds."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({f"tensor.{i}": torch.zeros(1) for i in range(3000)}, tmp_path / "many.safetensors")
+    command = [sys.executable, "-m", "cl_kernels.cli", "inspect", "--all", str(tmp_path / "many.safetensors")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"many.safetensors" in process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_debug_shows_the_traceback(
     command: Run, monkeypatch: pytest.MonkeyPatch, configs: list[Any], tmp_path: Path
 ) -> None:
@@ -248,11 +286,14 @@ def test_plot_is_asked_for_before_training(
     assert configs == []
 
 
-def test_without_typer_the_install_line_is_printed(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gone", ["typer", "rich"])
+def test_without_typer_or_rich_the_install_line_is_printed(
+    command: Run, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:  # fmt: skip
     import importlib.util
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "typer" else real(name, *a))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == gone else real(name, *a))
     code, out, err = command("doctor")
     assert (code, out) == (2, "")
     assert 'pip install "cl-kernels[cli]"' in one_line(err)

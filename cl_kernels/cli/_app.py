@@ -8,9 +8,6 @@ if TYPE_CHECKING:
     import typer
 
 
-_CONTROL_C = 130  # what typer makes of a KeyboardInterrupt
-
-
 def build() -> "typer.Typer":
     """A new application with every command."""
     import typer
@@ -48,6 +45,6 @@ def invoke(argv: list[str]) -> int:
     import typer
 
     outcome = typer.main.get_command(build()).main(args=argv, prog_name="cl-kernels", standalone_mode=False)
-    if outcome == _CONTROL_C:
+    if outcome == _errors.CONTROL_C:  # what typer makes of a KeyboardInterrupt
         raise KeyboardInterrupt
     return outcome if isinstance(outcome, int) else 0

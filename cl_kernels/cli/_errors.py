@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from cl_kernels.data.pictures import BrokenImageError
 from cl_kernels.errors import BackendUnavailableError, SubspaceError, SubspaceMismatchError
 
 FINE, FAILED, BAD_USAGE, NO_BACKEND = 0, 1, 2, 3
+CONTROL_C = 130  # 128 + SIGINT, as shells have it
 
 
 class UsageError(ValueError):
@@ -16,9 +18,11 @@ class UsageError(ValueError):
 
 def code(error: BaseException) -> int:
     """The exit code of api.md for an error that ended a command."""
+    if isinstance(error, KeyboardInterrupt):
+        return CONTROL_C
     if isinstance(error, BackendUnavailableError):
         return NO_BACKEND
-    if isinstance(error, (SubspaceError, SubspaceMismatchError, UnicodeError)):
+    if isinstance(error, (SubspaceError, SubspaceMismatchError, BrokenImageError, UnicodeError)):
         return FAILED
     if isinstance(error, (FileExistsError, FileNotFoundError)) and error.errno is None:
         return BAD_USAGE  # the package's own: --out holds a run already, --data names nothing
@@ -31,7 +35,7 @@ def code(error: BaseException) -> int:
 def sentence(error: BaseException) -> str:
     """The error as one line."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; `cl-kernels train ... --resume` continues from the last checkpoint"
+        return "interrupted; `cl-kernels train ... --resume` continues a run from its last checkpoint"
     if hasattr(error, "format_message"):  # click's, whichever copy of click typer brings
         return _one_line(str(error.format_message()))
     if isinstance(error, OSError) and error.strerror:

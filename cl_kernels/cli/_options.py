@@ -83,19 +83,17 @@ def run_config(given: Mapping[str, Any], file: Path | None, options: Iterable[st
     values = read_toml(file, fields - {"resume"}) if file is not None else {}
     said = {name: item for name, item in given.items() if item is not None}
     values = {**values, **said}
-    extra = pairs(options)
-    if extra:
-        base = values.get("options", {})
-        if not isinstance(base, Mapping):
-            raise UsageError(f"--config: options must be a table, got {base!r}")
-        values["options"] = {**base, **extra}
+    extra, base = pairs(options), values.get("options", {})
+    if not isinstance(base, Mapping):
+        raise UsageError(f"--config: options must be a table, got {base!r}")
+    values["options"] = {**base, **extra}
     method = values.get("method")
     if method is None:
         raise UsageError(f"METHOD is missing; known are {', '.join(sorted(methods.names()))}")
     if method not in methods.names():
         raise UsageError(f"method: unknown name {method!r}{nearest(str(method), methods.names())}")
     known = methods.options(method)
-    for name in values.get("options", {}):
+    for name in values["options"]:
         if name not in known:
             raise UsageError(f"--option: {method} has no option {name!r}{nearest(str(name), known)}")
     if values.get("stream") == "domain" and "tasks" not in values:

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cl_kernels.cli import _console, _options
+from cl_kernels.cli import _console, _errors, _options
 from cl_kernels.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -74,12 +74,15 @@ def register(app: "typer.Typer") -> None:
 def _execute(given: dict[str, Any], file: Path | None, options: list[str], plot: bool | None) -> None:
     from cl_kernels import continual
     from cl_kernels.cli.report import charts, write_report
+    from cl_kernels.continual.claim import CHECKPOINT
 
     config = _options.run_config(given, file, options)
     if plot and not charts.available():
         raise BackendUnavailableError('--plot needs matplotlib, which is not installed: pip install "cl-kernels[plot]"')
     out = Path(str(config.out))
     new = not out.exists()
+    if config.resume and not (out / CHECKPOINT).exists():
+        _errors.tell(f"{out} holds no checkpoint to resume from; starting from the beginning")
     try:
         results = continual.run(config)
     except BaseException:
@@ -105,6 +108,8 @@ def _show(results: dict[str, Any], report: Path) -> None:
         value = measure.pick(results)
         if value is not None:
             table.add_row(measure.title, f"{value * measure.scale:.{measure.digits}f}")
+    if results.get("skipped_images"):
+        table.add_row("Broken images left out", str(results["skipped_images"]))
     table.add_row("Results", str(report.with_name("results.json")))
     table.add_row("Report", str(report))
     _console.console().print(table)
