@@ -222,6 +222,27 @@ class TestFiles:
         assert comparable(run(out=tmp_path, overwrite=True, seed=1)) != comparable(first)
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
 
+    def test_a_directory_that_a_run_is_writing_to_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("fcntl", reason="directories are locked through flock")
+        original, refused = HeadMethod.end_task, []
+
+        def end_task(self: HeadMethod, *given: Any) -> None:
+            for changes in ({"resume": True}, {"overwrite": True}, {}):
+                with pytest.raises(FileExistsError) as caught:
+                    continual.run(tiny_config("linear", out=tmp_path, **changes), data=tiny_data())
+                refused.append(str(caught.value))
+            original(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HeadMethod, "end_task", end_task)
+            found = run("class-mean", out=tmp_path)
+        assert ["another process is writing" in text for text in refused[:3]] == [True] * 3
+        assert comparable(found) == comparable(run("class-mean")), "what was refused has touched nothing"
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "metrics.jsonl", "results.json"}
+        assert comparable(run("class-mean", out=tmp_path, overwrite=True)) == comparable(found), "let go at the end"
+
     def test_tensorboard(self, tmp_path: Path) -> None:
         pytest.importorskip("tensorboard", reason="tensorboard is not installed")
         run(out=tmp_path, tensorboard=True)

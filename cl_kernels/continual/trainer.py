@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_kernels import data as image_data
 from cl_kernels.continual import checkpoint, seeds
+from cl_kernels.continual.claim import CHECKPOINT, claimed
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import pick_device
 from cl_kernels.continual.evaluate import evaluate, feature_drift
@@ -31,7 +32,6 @@ __all__ = ["RunStopped", "run"]
 
 logger = logging.getLogger("cl_kernels")
 
-CHECKPOINT = Path("checkpoints") / "last.safetensors"
 CHECK_EVERY = 50  # steps between looks at the loss on CUDA, where each look waits for the device
 
 
@@ -65,14 +65,13 @@ def run(
 
     Raises `ValueError` for names and values that do not fit, `OSError` when `out` cannot be written (before training
     starts, or while saving: the previous checkpoint stays), `CheckpointError` for a checkpoint that is damaged or of
-    another run, `FileExistsError` when `out` holds a run and neither `resume` nor `overwrite` is set, `NonFiniteError`
-    when a loss or parameter is NaN or infinite. SIGTERM finishes the step, saves, and raises `RunStopped` (exit code
-    0)."""
+    another run, `FileExistsError` when `out` holds a run and neither `resume` nor `overwrite` is set or when another
+    process writes to it, `NonFiniteError` when a loss or parameter is NaN or infinite. SIGTERM finishes the step,
+    saves, and raises `RunStopped` (exit code 0)."""
     out = None if config.out is None else Path(config.out)
-    if out is not None:
-        _claim(out, config)
     started = time.perf_counter()
-    with seeds.seeded(config.seed, pick_device(config.device), config.threads, strict=config.strict):
+    held = nullcontext() if out is None else claimed(out, resume=config.resume, overwrite=config.overwrite)
+    with held, seeds.seeded(config.seed, pick_device(config.device), config.threads, strict=config.strict):
         trainer = _Trainer(open_session(config, data, backbone), out, started)
         try:
             with on_sigterm(trainer.stop):
@@ -205,7 +204,7 @@ class _Trainer:
     def _heed_stop(self) -> None:
         if self.stop.is_set():
             message = f"stopped by SIGTERM; {self.keeper.last_good()}; resume continues from there"
-            logger.warning(message)
+            logger.info(message)
             raise RunStopped(message)
 
     def _total_steps(self) -> int:
@@ -215,15 +214,3 @@ class _Trainer:
             images = sum(len(task.train) for task in tasks[first : index + 1])
             total += -(-images // self.config.batch_size) * self.session.epochs
         return total
-
-
-def _claim(out: Path, config: RunConfig) -> None:
-    """Probe `out`, and refuse to write over a run that nobody asked to replace."""
-    last = out / CHECKPOINT
-    if last.exists() and not (config.resume or config.overwrite):
-        raise FileExistsError(f"out: {out} holds a run already; resume it, overwrite it, or choose another directory")
-    checkpoint.probe(out)
-    checkpoint.probe(last.parent)
-    if config.overwrite and not config.resume:
-        for path in (last, out / "results.json", out / "metrics.jsonl"):
-            path.unlink(missing_ok=True)
