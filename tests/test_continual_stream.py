@@ -158,7 +158,21 @@ class TestConfig:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("seed", 1.5), ("epochs", True), ("lr", "0.1"), ("method", ""), ("options", [1]), ("domains", "invert")],
+        [
+            ("seed", 1.5),
+            ("epochs", True),
+            ("lr", "0.1"),
+            ("method", ""),
+            ("options", [1]),
+            ("domains", "invert"),
+            ("domains", 3),
+            ("domains", (1,)),
+            ("weights", 3),
+            ("out", 3),
+            ("out", ""),
+            ("quick", "yes"),
+            ("strict", 1),
+        ],
     )
     def test_wrong_type(self, field: str, value: object) -> None:
         with pytest.raises(TypeError, match=field):

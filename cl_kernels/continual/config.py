@@ -120,6 +120,13 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise TypeError(f"{name} must be a non-empty string, got {value!r}")
+        for name in ("weights", "out"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
+                raise TypeError(f"{name} must be a path or None, got {value!r}")
+        for name in ("resume", "overwrite", "strict", "quick", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         _one_of("stream", self.stream, STREAMS)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("augment", self.augment, AUGMENTATIONS)
@@ -142,8 +149,8 @@ class RunConfig:
         _real("checkpoint_minutes", self.checkpoint_minutes, 0.0, 1e6)
         if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
             raise TypeError(f"options must be a dict with string keys, got {self.options!r}")
-        if isinstance(self.domains, str):
-            raise TypeError(f"domains must be a sequence of names, got the string {self.domains!r}")
+        if not isinstance(self.domains, (tuple, list)) or not all(isinstance(name, str) for name in self.domains):
+            raise TypeError(f"domains must be a sequence of names, got {self.domains!r}")
         object.__setattr__(self, "domains", tuple(self.domains))
         self._check_stream()
 
