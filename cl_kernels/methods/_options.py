@@ -54,7 +54,8 @@ class Options:
         require("temperature", _number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
         require("head_scale", _number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
         require("eps", _number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)
-        ok = len(self.betas) == 2 and all(_number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        ok = pair and all(_number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
         require("betas", ok, "two numbers in [0, 1)", self.betas)
 
 

@@ -47,6 +47,9 @@ class PromptMethod(HeadMethod):
 
     def _wrap(self, backbone: nn.Module) -> nn.Module:
         depth = self.options.depth
+        blocks = len(getattr(backbone, "blocks", ()))
+        fits = not isinstance(depth, int) or depth <= blocks
+        require("depth", fits, f"at most the {blocks} blocks of the backbone", depth)
         return PromptedViT(
             backbone,
             prompts=self.options.prompts,

@@ -29,11 +29,14 @@ Report = dict[str, dict[str, dict[str, float]]]
 
 
 def parse_rule(name: str, text: str) -> rules.Rule:
-    """The rank rule written as `text`: "knee", "knee-first", "paper-knee", or with a number "energy:0.95", "rank:20",
-    "ratio:0.01" (of the largest eigenvalue), "times:10" (of the smallest), "threshold:1e-3". Raises `ValueError`."""
+    """The rank rule written as `text`: "knee", "paper-knee", or with a number "energy:0.95", "rank:20", "ratio:0.01"
+    (of the largest eigenvalue), "times:10" (of the smallest), "threshold:1e-3". Raises `ValueError`.
+
+    "knee" cuts before a run of equal eigenvalues where `rules.Knee()` would raise: a run must not stop after hours of
+    training; elsewhere the two are the same. "knee-first" is another name of it."""
     kind, _, number = text.partition(":")
     plain: dict[str, rules.Rule] = {
-        "knee": rules.Knee(),
+        "knee": rules.Knee(ties="first"),
         "knee-first": rules.Knee(ties="first"),
         "paper-knee": rules.PaperKnee(),
     }
@@ -48,8 +51,8 @@ def parse_rule(name: str, text: str) -> rules.Rule:
         return plain[kind]
     try:
         return scaled[kind](float(number))
-    except (KeyError, ValueError) as error:
-        wanted = "knee, knee-first, paper-knee, energy:E, rank:K, ratio:R, times:R or threshold:T"
+    except (KeyError, ValueError, OverflowError) as error:
+        wanted = "knee, paper-knee, energy:E, rank:K, ratio:R, times:R or threshold:T"
         raise ValueError(f"{name}: expected {wanted}, got {text!r} ({error})") from error
 
 

@@ -53,6 +53,9 @@ class NSP2Options(PromptOptions):
         require("sides", self.sides in ("both", "left", "right"), "both, left or right", self.sides)
         check_rule("rule", self.rule)
         check_rule("rule_left", self.rule_left)
+        left = self.rule if self.rule_left is None else self.rule_left
+        if self.sides != "right" and self.prompts < 3 and "knee" in left:  # would fail after the first task
+            raise ValueError(f"rule_left: {left} needs 3 prompts to have a bend, got {self.prompts}; try 'energy:0.95'")
 
 
 class NSP2(PromptMethod):
