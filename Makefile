@@ -12,7 +12,7 @@ demo:  ## set up .venv, then run the methods on embedded real images, print the 
 
 test:  ## set up .venv with the test tools, then run the whole suite
 	$(PYTHON) scripts/setup_env.py test
-	$(VENV) -m pytest -q --durations=10
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV) -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations=10
 
 lint:  ## formatting, linting and types, with the versions of the dev extra
 	$(PYTHON) scripts/setup_env.py lint

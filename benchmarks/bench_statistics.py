@@ -1,0 +1,126 @@
+"""What a pass that gathers statistics costs beside the forward pass it rides on, and a prompted beside a plain forward.
+
+The promise is at most 1.3 forward passes. Prompt statistics keep it. Those of every linear's input do not: their
+triangles alone take 19 d^2 operations a token beside the block's 24 d^2, because the input of fc2 is 4 d wide.
+"official" reads J1 = q W_k of every head and the whole softmax, as the repository of NSP2 does. Outputs checked: the
+features, which gathering must not change.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cl_kernels import CovarianceCollector
+from cl_kernels._timm import import_timm
+from cl_kernels.nn import PromptedViT
+
+if __package__:
+    from .harness import Case, main
+else:
+    from harness import Case, main
+
+
+def vit(width: int, depth: int, heads: int, size: int, patch: int) -> torch.nn.Module:
+    import_timm()
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+    ).eval()
+
+
+def passes(model: torch.nn.Module, images: Tensor, batches: int = 4) -> Tensor:
+    """Several batches, because a collector is entered once a task and not once a batch; the last features."""
+    for _ in range(batches - 1):
+        model(images)
+    return model(images)
+
+
+def prompt_pass(name: str, backbone: torch.nn.Module, images: Tensor, prompts: int = 4) -> Case:
+    model = PromptedViT(backbone, prompts=prompts)
+    collector = CovarianceCollector(model, what="prompt")
+
+    @torch.no_grad()
+    def gathering() -> Tensor:
+        with collector:
+            return passes(model, images)
+
+    @torch.no_grad()
+    def official() -> Tensor:
+        def read(block: int, q: Tensor, mass: Tensor) -> None:
+            weight = model.key_weight(block).unflatten(0, (q.shape[1], -1))
+            rows = torch.einsum("bhnd,hdw->bhnw", q, weight).flatten(0, 2)
+            sums.append(rows.mT @ rows / len(rows))
+            sums.append(mass.flatten(0, 2).mT @ mass.flatten(0, 2) / len(rows))
+
+        sums: list[Tensor] = []
+        with model.observe(read):
+            return passes(model, images)
+
+    @torch.no_grad()
+    def plain() -> Tensor:
+        return passes(model, images)
+
+    return Case(
+        f"prompt statistics, {name}",
+        {"ours": gathering, "forward alone": plain, "official: J1 expanded": official},
+        plain(),
+        1e-6,
+    )
+
+
+def input_pass(name: str, backbone: torch.nn.Module, images: Tensor) -> Case:
+    collector = CovarianceCollector(backbone, "linear")
+
+    @torch.no_grad()
+    def gathering() -> Tensor:
+        with collector:
+            return passes(backbone, images)
+
+    @torch.no_grad()
+    def plain() -> Tensor:
+        return passes(backbone, images)
+
+    @torch.no_grad()
+    def eager() -> Tensor:
+        def read(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].flatten(0, -2)
+            sums[module] = sums[module] + rows.mT @ rows if module in sums else rows.mT @ rows
+
+        sums: dict[torch.nn.Module, Tensor] = {}
+        linears = [module for module in backbone.modules() if isinstance(module, torch.nn.Linear)]
+        handles = [module.register_forward_pre_hook(read) for module in linears]
+        try:
+            return passes(backbone, images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return Case(
+        f"input statistics of every linear, {name}",
+        {
+            "ours": gathering,
+            "forward alone": plain,
+            "hooks with X.T @ X in float32": eager,
+        },
+        plain(),
+        1e-6,
+    )
+
+
+def cases(quick: bool) -> Iterable[Case]:
+    embedded = (vit(128, 4, 4, 32, 8), torch.randn(20 if quick else 100, 3, 32, 32))
+    yield prompt_pass("embedded model", *embedded)
+    yield input_pass("embedded model", *embedded)
+    if not quick:
+        small = (vit(384, 2, 6, 224, 16), torch.randn(8, 3, 224, 224))
+        yield prompt_pass("two blocks of ViT-S/16", *small)
+        yield input_pass("two blocks of ViT-S/16", *small)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, cases))
