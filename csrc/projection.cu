@@ -121,6 +121,7 @@ __global__ void cl_projected_adam_count(const __grid_constant__ Table table, boo
 template <typename Launch>
 void for_tables(const std::vector<ProjectedParameter>& parameters, const AdamSettings& settings,
                 const StepTensors& tensors, float* workspace, const Launch& launch) {
+    pending_error_check("projected_adam_cuda");
     const int64_t total = static_cast<int64_t>(parameters.size());
     for (int64_t begin = 0; begin < total; begin += kEntries) {
         Table table;

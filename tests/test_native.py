@@ -363,3 +363,39 @@ def test_make_gpu_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "no GPU here" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+LAUNCH_ERRORS = """
+#include <cstdio>
+#include "common/launch.h"
+static void show(cudaError_t status, bool pending) {
+    try {
+        clk::cuda_check(status, "kernel", pending);
+        std::puts("fine");
+    } catch (const std::runtime_error& error) {
+        std::puts(error.what());
+    }
+}
+int main() {
+    show(cudaSuccess, true);
+    show(cudaErrorInvalidConfiguration, false);
+    show(cudaErrorInvalidConfiguration, true);
+    show(cudaErrorIllegalAddress, false);
+    show(cudaErrorAssert, false);
+}
+"""
+
+
+@pytest.mark.cuda_build
+def test_an_error_of_earlier_work_is_not_blamed_on_a_launch(tmp_path: Path) -> None:
+    """F17: a sticky error of another kernel. Needs no GPU."""
+    nvcc, _ = native_toolchain.find_nvcc()
+    (tmp_path / "e.cu").write_text(LAUNCH_ERRORS)
+    native_toolchain.run([nvcc, "-std=c++20", f"-I{CSRC}", str(tmp_path / "e.cu"), "-o", str(tmp_path / "e")])
+    done = subprocess.run([str(tmp_path / "e")], text=True, capture_output=True, check=True)
+    fine, ours, *earlier = done.stdout.splitlines()
+    assert fine == "fine"
+    assert "cudaErrorInvalidConfiguration" in ours
+    assert "earlier work" not in ours
+    assert len(earlier) == 3
+    assert all("left by earlier work" in line and "kernel: cudaError" in line for line in earlier)

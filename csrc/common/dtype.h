@@ -3,15 +3,10 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
-#include <stdexcept>
-#include <string>
 
 namespace clk {
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
-
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Storage only: arithmetic is done in float.
 struct Half {
@@ -68,22 +63,6 @@ inline Half from_float<Half>(float x) {
         half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     }
     return Half{static_cast<uint16_t>(half | sign)};
-}
-
-// Calls f(T{}) with the C++ type that holds `dtype`.
-template <typename F>
-decltype(auto) dispatch(DType dtype, F&& f) {
-    switch (dtype) {
-        case DType::f32:
-            return f(float{});
-        case DType::f64:
-            return f(double{});
-        case DType::f16:
-            return f(Half{});
-        case DType::bf16:
-            return f(BFloat16{});
-    }
-    throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
 }
 
 }  // namespace clk

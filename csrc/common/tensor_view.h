@@ -1,4 +1,4 @@
-// A matrix somewhere in memory: pointer, sizes and strides in elements. It owns nothing.
+// Memory that Python owns, as the entry points get it.
 #pragma once
 
 #include <cstdint>
@@ -10,16 +10,6 @@
 #endif
 
 namespace clk {
-
-template <typename T>
-struct MatrixView {
-    T* data;
-    int64_t rows, cols;
-    int64_t row_stride, col_stride;
-
-    // int64 throughout: row * stride passes 2^31 long before memory ends.
-    CLK_HOST_DEVICE T& operator()(int64_t row, int64_t col) const { return data[row * row_stride + col * col_stride]; }
-};
 
 // The Python side passes data_ptr() as an integer.
 template <typename T>
