@@ -252,7 +252,7 @@ def test_an_empty_null_space_freezes_the_layer_with_a_warning(eta, scale, norm):
     cov = with_spectrum(torch.linspace(1, 2, 9))
     with pytest.warns(UserWarning, match="leaves no direction free"):
         projector = null_space_projector(cov, Energy(1.0), mix=eta, normalize=norm)
-    assert projector.rank == 0
+    assert (projector.rank, projector.span) == (0, -eta)  # an empty basis of free directions
     assert torch.allclose(projector.matrix(), scale * torch.eye(9, dtype=F64))
     update = torch.randn(2, 9, dtype=F64)
     assert torch.allclose(projector.apply(update), scale * update)

@@ -258,10 +258,10 @@ def test_merging_takes_new_layers_and_sides() -> None:
 
 
 def test_a_multiple_of_the_identity_protects_nothing() -> None:
-    """The matched-step control: c I with span 0.0; (1 - mix) I of a full space has an empty free basis, span -0.0."""
+    """The matched-step control is c I with span 0; (1 - mix) I of a full space has an empty free basis, span -mix."""
     empty = torch.zeros(6, 0, dtype=torch.float64)
     store = SubspaceStore(
-        {"scaled": Projector(empty, 0.3, 0.0), "full": Projector(empty, 0.3, -0.0), "off": Projector(empty, 0.0, 0.0)}
+        {"scaled": Projector(empty, 0.3, 0.0), "full": Projector(empty, 0.3, -0.7), "off": Projector(empty, 0.0, 0.0)}
     )
     assert [row["rank"] for row in store.report()] == [0, 6, 6]
     assert list(store.capacity().values()) == [1, 0, 0]

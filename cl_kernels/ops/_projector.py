@@ -16,9 +16,11 @@ class Projector(NamedTuple):
     """`P = identity * I - span * V V^T` with orthonormal `V = basis` of shape [..., d, r], r may be 0.
 
     With `identity = span = 1` it removes the span of V (V holds protected directions); with `identity = 0, span = -1`
-    it keeps only the span of V (V holds free directions). `identity` and `span` are numbers, or tensors of the batch
-    shape. When `dense` is given, P is that matrix as it is and the other fields are ignored: see `from_dense`.
-    Applying it costs 4 m d r operations for an [m, d] matrix, against 2 m d^2 for the dense product.
+    it keeps only the span of V (V holds free directions). So the sign of `span` says what V holds, for r = 0 too: with
+    `identity = 1 - mix, span = -mix` an empty V means that nothing is free, while c I with `span = 0` only scales.
+    `identity` and `span` are numbers, or tensors of the batch shape. When `dense` is given, P is that matrix as it is
+    and the other fields are ignored: see `from_dense`. Applying it costs 4 m d r operations for an [m, d] matrix,
+    against 2 m d^2 for the dense product.
     """
 
     basis: Tensor

@@ -67,15 +67,9 @@ def protected_rank(projector: Projector) -> int | None:
     if projector.dense is not None:
         return None
     columns = int((projector.basis != 0).any(dim=-2).sum()) if projector.rank else 0
-    if float(projector.span) == 0:
-        return projector.dim if _frozen(projector) else 0
+    if float(projector.span) == 0:  # c I
+        return 0 if float(projector.identity) else projector.dim
     return columns if float(projector.span) > 0 else projector.dim - columns
-
-
-def _frozen(projector: Projector) -> bool:
-    """0, or (1 - mix) I with an empty basis of free directions, whose span is -0.0; c I with span 0.0 only scales."""
-    identity, span = float(projector.identity), float(projector.span)
-    return span == 0 and (identity == 0 or (identity != 1 and math.copysign(1.0, span) < 0))
 
 
 def free_share(projector: Projector) -> float:
@@ -95,8 +89,8 @@ def form_of(name: str, projector: Projector) -> Form:
     basis = projector.basis.to("cpu", torch.float64)
     basis = basis[:, (basis != 0).any(dim=0)]
     identity, span = float(projector.identity), float(projector.span)
-    if _frozen(projector):
-        return Form(torch.eye(projector.dim, dtype=torch.float64), 1.0 - identity, None)
+    if identity == span == 0:
+        return Form(torch.eye(projector.dim, dtype=torch.float64), 1.0, None)
     on_free, on_protected, size = (identity, identity - span, span) if span >= 0 else (identity - span, identity, -span)
     protected = basis if span >= 0 else complement(basis)
     free = protected.shape[0] - protected.shape[1]
@@ -115,7 +109,7 @@ def from_form(form: Form, like: Tensor) -> Projector:
     dimension, rank = form.protected.shape
     free = dimension - rank
     if free == 0:
-        return Projector(form.protected.new_empty(dimension, 0).to(like), 1.0 - form.mix, -0.0)
+        return Projector(form.protected.new_empty(dimension, 0).to(like), 1.0 - form.mix, -form.mix)
     size = form.mix / math.sqrt(free) if form.normalized else form.mix
     if rank <= free:
         return Projector(form.protected.to(like), size + 1.0 - form.mix, size)

@@ -136,8 +136,9 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, protected: int, size: int, mix: float, normalize: str | None) -> _Kept:
         free = size - protected
-        norm = math.sqrt(free) if normalize == "fro" and free else 1.0
-        scale = mix / norm if free else 0.0
+        if free == 0:
+            return cls(0, size, 0, 1 - mix, -mix)
+        scale = mix / math.sqrt(free) if normalize == "fro" else mix
         if protected <= free:
             return cls(free, 0, protected, scale + 1 - mix, scale)
         return cls(free, protected, free, 1 - mix, -scale)
