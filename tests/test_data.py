@@ -102,6 +102,15 @@ def test_split_folder_and_unicode_names(zoo: Path) -> None:
     assert torch.equal(loaded.train.tensors()[0], torch.from_numpy(np.array(colour(50))).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_class_may_be_called_train(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "bus", 4)
+    fill(tmp_path / name, 4, first=50)
+    loaded = data.load(tmp_path)
+    assert loaded.class_names == ["bus", name]
+    assert (len(loaded.train), len(loaded.test)) == (6, 2)
+
+
 def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         fill(tmp_path / name, 8, first=ord(name) * 10)

@@ -46,6 +46,7 @@ class _Part:
 def load_folder(root: Path, *, split_seed: int = 0, strict: bool = False, image_size: int | None = None) -> ImageData:
     """Read ``root/train/CLASS/*`` with ``root/test|val/CLASS/*``, or ``root/CLASS/*`` split 75:25 by ``split_seed``.
 
+    Folders called train and test are splits where they hold folders themselves, else classes like all others.
     Every picture is decoded once here, so that broken ones are known before training starts; with ``image_size`` they
     stay in memory at that size (up to 4 GiB), else they are decoded again when read. Hidden files and files without a
     picture's ending are ignored. Raises ``ValueError`` for a folder without at least two classes, for a class without
@@ -75,7 +76,9 @@ def load_folder(root: Path, *, split_seed: int = 0, strict: bool = False, image_
 
 
 def _layout(root: Path) -> tuple[Path, Path | None]:
-    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    # A folder that holds pictures and no folders is a class, whatever its name: "train" may stand beside "bus".
+    inner = (path for path in root.iterdir() if path.is_dir() and any(item.is_dir() for item in path.iterdir()))
+    folders = {path.name.lower(): path for path in inner}
     train = next((folders[name] for name in TRAIN_NAMES if name in folders), None)
     test = next((folders[name] for name in TEST_NAMES if name in folders), None)
     if train is None and test is None:
