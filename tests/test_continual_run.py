@@ -20,7 +20,7 @@ from continual_tiny import one_thread, tiny_backbone, tiny_config, tiny_data
 from safetensors import safe_open
 
 from cl_kernels import continual, data, methods
-from cl_kernels.continual import checkpoint, evaluate, feed, session
+from cl_kernels.continual import checkpoint, evaluate, feed, log, session
 from cl_kernels.errors import CheckpointError, NonFiniteError
 from cl_kernels.methods import HeadMethod
 
@@ -432,6 +432,12 @@ class TestFaults:
             pytest.skip("this user may not mount a file system of its own")
         yield place
         os.system(f"umount {place}")
+
+    def test_a_log_that_cannot_be_written_is_named(self) -> None:
+        if not Path("/dev/full").exists():
+            pytest.skip("there is no /dev/full")
+        with pytest.raises(OSError, match=r"No space.*/dev/full"):
+            log.Log(Path("/dev/full"), None).event("epoch", 1, loss=0.5)
 
     def test_a_really_full_disk(self, small_disk: Path) -> None:
         (small_disk / "filler").write_bytes(bytes(110_000))

@@ -33,8 +33,11 @@ class Log:
         """Write one line with the time and `values`."""
         if self._path is not None:
             line = json.dumps({"event": kind, "time": round(time.time(), 3), "step": step, **values})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # a full disk shows at the flush, which does not know the file
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, float):
