@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import cl_kernels as clk
-from cl_kernels import cli
-from cl_kernels.cli import doctor, selftest
+from cl_kernels.cli import doctor, inspection, selftest
 from cl_kernels.cli.inspection import examine
 from cl_kernels.continual import checkpoint
 from cl_kernels.errors import CheckpointError
@@ -27,18 +26,6 @@ pytest.importorskip("typer", reason="the command line is built with typer")
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run one command line in this process; exit code, stdout, stderr."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = cli.run(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 # doctor --------------------------------------------------------------------------------------------------------------
@@ -166,6 +153,22 @@ def test_inspect_a_run_checkpoint(command: Run, tmp_path: Path) -> None:
     facts = examine(path)
     assert facts["run"]["position.task"] == 2
     assert facts["layers"][0]["rank"] == 9
+
+
+def test_inspect_names_tensors_that_were_on_a_device() -> None:
+    layout = {"dict": [["method", {"dict": [["prompts.0", {"device tensor": "0"}], ["step", {"tensor": "1"}]]}]]}
+    assert inspection._paths(layout) == {"0": "method.prompts.0", "1": "method.step"}
+
+
+@pytest.mark.parametrize("tree", [None, "{", '{"dict": 3}'])
+def test_inspect_refuses_a_checkpoint_with_a_damaged_tree(command: Run, tmp_path: Path, tree: str | None) -> None:
+    metadata = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "fingerprint": "abc"}
+    save_file(
+        {"0": torch.ones(1)}, tmp_path / "x.safetensors", {**metadata, **({} if tree is None else {"tree": tree})}
+    )
+    code, out, err = command("inspect", str(tmp_path / "x.safetensors"))
+    assert (code, out) == (1, "")
+    assert "not a readable checkpoint" in err
 
 
 def test_inspect_weights(command: Run, tmp_path: Path) -> None:

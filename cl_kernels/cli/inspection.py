@@ -52,7 +52,8 @@ def examine(path: Path) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     kind = metadata.get("format") or ("backbone" if "architecture" in metadata else "safetensors")
-    names = _paths(json.loads(metadata["tree"])) if kind == checkpoint.FORMAT and "tree" in metadata else {}
+    own = _by_kind(kind, path, metadata)
+    names = _paths(json.loads(metadata["tree"])) if kind == checkpoint.FORMAT else {}
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -60,7 +61,7 @@ def examine(path: Path) -> dict[str, Any]:
         "metadata": metadata,
         "parameters": sum(value.numel() for value in tensors.values()),
         "tensors": [_tensor(names.get(name, name), value) for name, value in tensors.items()],
-        **_by_kind(kind, path, metadata),
+        **own,
     }
 
 
@@ -98,7 +99,7 @@ def _paths(node: Any, path: str = "") -> dict[str, str]:
     if not isinstance(node, dict):
         return {}
     ((kind, body),) = node.items()
-    if kind == "tensor":
+    if kind in ("tensor", "device tensor"):
         return {body: path.removeprefix(".")}
     children = body if kind == "dict" else enumerate(body)
     found: dict[str, str] = {}
