@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import tomllib
@@ -44,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     jobs = plan(arguments.settings, arguments.seeds, arguments.out, quick=arguments.quick, only=arguments.only)
     console.print(f"{len(jobs)} runs, {arguments.jobs} at a time; results in {arguments.out}")
-    results, failures = execute(jobs, arguments.jobs, console)
+    try:
+        results, failures = execute(jobs, arguments.jobs, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        return 130
     seconds = time.monotonic() - start
     for job, reason in failures:
         console.print(f"failed: {job.label}, seed {job.settings['seed']}: {reason}", style="red", markup=False)
@@ -126,6 +131,7 @@ class _Plain(io.TextIOBase):
 def _start_worker() -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers at once and without tracebacks
     torch.set_num_threads(1)
     sys.stderr = _Plain()
 

@@ -75,6 +75,18 @@ def test_streams_and_rows_override_each_other(demo: ModuleType, tmp_path: Path) 
         demo.plan(file, 1, Path("out"), quick=False)
 
 
+def test_control_c_ends_in_one_line(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(demo, "execute", interrupt)
+    assert demo.main(["--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+
+
 def test_rows_for_real(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
