@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from continual_tiny import one_thread, tiny_model
 from torch import Tensor
 
-from cl_kernels import Projector, Sides, methods
+from cl_kernels import Projector, Sides, methods, ops
 from cl_kernels.methods import _subspaces as subspaces
 from cl_kernels.methods._heads import Heads
 from cl_kernels.ops import rules
@@ -75,6 +75,15 @@ class TestNames:
             methods.create("nsp", tiny_model())
         with pytest.raises(ValueError, match=r"nsp2 has no option 'etta'.*eta"):
             methods.create("nsp2", tiny_model(), etta=0.5)
+
+    def test_the_knee_by_name_is_the_repositorys_but_never_stops_at_a_tie(self) -> None:
+        smooth = torch.exp(-torch.arange(384, dtype=torch.float64) / 100)
+        tied = torch.cat([torch.tensor([9.0, 8.0, 7.0]), torch.ones(5)]).double()
+        rule = subspaces.parse_rule("rule", "knee")
+        assert rule.protected(smooth) == rules.Knee().protected(smooth) == 34
+        with pytest.raises(ValueError, match="equal eigenvalues"):
+            rules.Knee().protected(tied)
+        assert rule.protected(tied) == 3
 
     @pytest.mark.parametrize(
         ("method", "options"),
@@ -362,6 +371,14 @@ class TestProtection:
         assert flipped["protected"] == 9
         assert flipped["energy"] == pytest.approx(9 / 33)
         assert subspaces.matched(Sides(None, Projector(basis, 0.5, 0.4))).left is None
+
+    @pytest.mark.parametrize(("eta", "expected"), [(0.0, (0, 0.0)), (0.9, (3, 0.75)), (1.0, (3, 0.75))])
+    @pytest.mark.parametrize("few", [True, False])  # whichever of the two bases is kept
+    def test_the_report_counts_what_is_protected(self, eta: float, expected: tuple[int, float], few: bool) -> None:
+        rest = 16 if few else 2
+        covariance = torch.diag(torch.tensor([4.0] * 3 + [4.0 / rest] * rest, dtype=torch.float64))
+        row = subspaces.side_report(ops.null_space_projector(covariance, rules.Rank(3), mix=eta), covariance)
+        assert (row["protected"], row["energy"]) == pytest.approx(expected)
 
     @pytest.mark.parametrize("eta", [1.0, 0.97])
     def test_rms_gain_is_what_white_updates_see(self, eta: float) -> None:
