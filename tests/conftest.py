@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +114,17 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "torch", _PoisonedTorch())
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: _poisoned(new_empty(self, *a, **k)))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run one command line in this process; exit code, stdout, stderr."""
+    pytest.importorskip("typer", reason="the command line is built with typer")
+    from cl_kernels import cli
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.run(list(words))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

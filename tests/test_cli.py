@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cl_kernels import cli, continual, methods
+from cl_kernels import continual, methods
 from cl_kernels.cli import _errors, _options
 from cl_kernels.data.pictures import BrokenImageError
 from cl_kernels.errors import (
@@ -28,18 +28,6 @@ pytest.importorskip("typer", reason="the command line is built with typer")
 pytest.importorskip("rich", reason="its tables are built with rich")
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run one command line in this process; exit code, stdout, stderr."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = cli.run(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

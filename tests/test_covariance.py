@@ -255,10 +255,10 @@ def test_empty_rows_apply_beta_only(backend):
 
 
 def test_rows_of_width_zero_are_still_counted(backend):
-    for rows in ((3000, 0), (2, 3, 0)):
+    for shape in ((3000, 0), (2, 3, 0)):
         total, count = torch.zeros(0), torch.ones(())
-        update_covariance_(zeros(0), torch.empty(rows), total=total, count=count)
-        assert float(count) == 1 + torch.Size(rows[:-1]).numel()
+        update_covariance_(zeros(0), torch.empty(shape), total=total, count=count)
+        assert float(count) == 1 + torch.Size(shape[:-1]).numel()
 
 
 def test_beta_zero_reads_nothing(backend, poison):

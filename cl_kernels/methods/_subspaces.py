@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_kernels.methods._options import require
 from cl_kernels.ops import Projector, Sides, rules
 from cl_kernels.subspace import SubspaceStore
+from cl_kernels.subspace._algebra import protected_rank
 
 __all__ = [
     "Report",
@@ -78,22 +79,20 @@ def scaled_identity(projector: Projector | None) -> Projector | None:
 
 
 def protected_energy(covariance: Tensor, projector: Projector) -> float:
-    """The share of `covariance`'s trace inside the protected directions; NaN-free: 0 for a zero matrix."""
-    total = float(covariance.diagonal().sum())
-    if total <= 0:
+    """The share of `covariance`'s trace inside the protected directions; NaN-free: 0 for a zero matrix, and for c I."""
+    total, span = float(covariance.diagonal().sum()), float(projector.span)
+    if total <= 0 or span == 0:
         return 0.0
-    inside = projector.basis if float(projector.span) > 0 else None
     basis = projector.basis.to(covariance)
     held = float(((covariance @ basis) * basis).sum()) / total
-    return held if inside is not None else 1.0 - held
+    return held if span > 0 else 1.0 - held
 
 
 def side_report(projector: Projector, covariance: Tensor) -> dict[str, float]:
     """Dimension, protected directions, RMS gain and protected energy of one side, for results.json."""
-    protected = projector.rank if float(projector.span) > 0 else projector.dim - projector.rank
     return {
         "dim": projector.dim,
-        "protected": protected,
+        "protected": protected_rank(projector) or 0,
         "gain": rms_gain(projector),
         "energy": protected_energy(covariance, projector),
     }
