@@ -62,21 +62,23 @@ def plan(settings: Path, seeds: int, out: Path, *, quick: bool, only: Sequence[s
     """Every run of the settings file, seeds outermost, so that an interrupted demo has whole seeds to show."""
     with open(settings, "rb") as file:
         wanted = tomllib.load(file)
-    unknown = set(wanted) - {"run", "stream", "row"}
-    if unknown or not wanted.get("row"):
-        raise SystemExit(f"{settings}: expected [run], [[stream]] and [[row]] tables, got {', '.join(sorted(wanted))}")
+    streams, rows = wanted.get("stream") or [{}], wanted.get("row", [])
+    if set(wanted) - {"run", "stream", "row"} or not all(stream.get("row", rows) for stream in streams):
+        names = ", ".join(sorted(wanted))
+        raise SystemExit(f"{settings}: expected [run], [[stream]] and [[row]] or [[stream.row]] tables, got {names}")
     jobs = []
     for seed in range(seeds):
-        for number, stream in enumerate(wanted.get("stream") or [{}]):
-            for row in wanted["row"]:
+        for number, stream in enumerate(streams, 1):
+            shared = {name: value for name, value in stream.items() if name != "row"}
+            for row in stream.get("row", rows):
                 if only and row["label"] not in only:
                     continue
-                layers = (wanted.get("run", {}), stream, row)
+                layers = (wanted.get("run", {}), shared, row)
                 options = {name: value for layer in layers for name, value in layer.get("options", {}).items()}
                 fields = {k: v for layer in layers for k, v in layer.items()}
                 fields.update(options=options, seed=seed, quick=quick)
                 title, label = fields.pop("title", ""), fields.pop("label")
-                slug = "".join(c if c.isalnum() else "-" for c in f"{title or number}-{label}")
+                slug = "".join(c if c.isalnum() else "-" for c in f"{number}-{label}")
                 jobs.append(Job(label, title, str(out / "runs" / f"{slug}-seed{seed}"), fields))
     return jobs
 

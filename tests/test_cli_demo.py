@@ -25,6 +25,11 @@ title = "plain"
 title = "turned"
 domains = ["invert"]
 lr = 0.2
+[[stream]]
+title = "own"
+[[stream.row]]
+label = "c"
+method = "linear"
 [[row]]
 label = "a"
 method = "full"
@@ -65,13 +70,13 @@ def test_streams_and_rows_override_each_other(demo: ModuleType, tmp_path: Path) 
     file.write_text(LAYERS)
     jobs = demo.plan(file, 1, Path("out"), quick=True)
     assert [(j.title, j.label, j.settings["lr"]) for j in jobs] == [
-        ("plain", "a", 0.1), ("plain", "b", 0.3), ("turned", "a", 0.2), ("turned", "b", 0.3),
+        ("plain", "a", 0.1), ("plain", "b", 0.3), ("turned", "a", 0.2), ("turned", "b", 0.3), ("own", "c", 0.1),
     ]  # fmt: skip
     assert [j.settings["options"] for j in jobs[:2]] == [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
     assert all(j.settings["epochs"] == 3 and j.settings["quick"] for j in jobs)
     assert [j.label for j in demo.plan(file, 2, Path("out"), quick=False, only=["b"])] == ["b"] * 4
     file.write_text("[runs]\n")
-    with pytest.raises(SystemExit, match=r"expected \[run\], \[\[stream\]\] and \[\[row\]\]"):
+    with pytest.raises(SystemExit, match=r"expected \[run\], \[\[stream\]\] and \[\[row\]\] or"):
         demo.plan(file, 1, Path("out"), quick=False)
 
 
