@@ -225,3 +225,24 @@ class TestLayerNormLoss:
         one = ln_drift_loss([self.now], *prompt_moments([self.before]))
         other = ln_drift_loss([self.before], *prompt_moments([self.now]))
         torch.testing.assert_close(both, one + other)
+
+
+def test_mean_accumulation_weighs_by_images_and_survives_a_checkpoint() -> None:
+    first, second = Toy(0, (0, 1)), Toy(1, (2, 3, 4, 5))  # 16 and 32 images
+    found: dict[str, list[dict[str, tuple[Tensor, Tensor]]]] = {}
+    for accumulation in ("sum", "mean"):
+        torch.manual_seed(0)
+        method: Any = methods.create("nsp2", tiny_model(), accumulation=accumulation)
+        kept = []
+        for task in (first, second):
+            method.begin_task(task)
+            method.end_task(task, task.batches())
+            kept.append(method.statistics)
+            state, method = method.state_dict(), methods.create("nsp2", tiny_model(), accumulation=accumulation)
+            method.load_state_dict(state)
+        found[accumulation] = kept
+    for name, total in found["sum"][1].items():
+        for side in (0, 1):
+            one, other = found["sum"][0][name][side], total[side] - found["sum"][0][name][side]
+            assert torch.equal(found["mean"][0][name][side], one)
+            torch.testing.assert_close(found["mean"][1][name][side], (16 * one + 32 * other) / 48)

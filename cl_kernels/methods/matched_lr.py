@@ -26,7 +26,8 @@ class MatchedOptions(PromptOptions):
     * base: "prompts" is the control of nsp2, "full" that of null-space.
     * scale: a number multiplies the body's learning rate from task 2 on; "auto" gives every layer the RMS gain of the
       projector that the projecting method would use there, measured task by task.
-    * rule, rule_left, eta, eta_left, normalize, weighting, sides: of the projecting method (None: its default).
+    * rule, rule_left, eta, eta_left, normalize, weighting, accumulation, sides: of the projecting method (None: its
+      default).
     * targets: as `full`.
     """
 
@@ -39,6 +40,7 @@ class MatchedOptions(PromptOptions):
     eta_left: float | None = None
     normalize: str | None = None
     weighting: str | None = None
+    accumulation: str | None = None
     sides: str | None = None
 
     def __post_init__(self) -> None:

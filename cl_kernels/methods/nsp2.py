@@ -28,6 +28,7 @@ class NSP2Options(PromptOptions):
     * normalize: "fro" divides each projector by its Frobenius norm, "none" does not.
     * rule, rule_left: which directions are protected, see `parse_rule`; rule_left None: as `rule`.
     * weighting: "batches" sums the means of the batches of the statistics pass (official: 100 images), "rows" all.
+    * accumulation: "sum" adds the statistics of the tasks, "mean" averages them by numbers of images (both official).
     * ln_weight: factor of the LayerNorm drift loss.
     * sides: "both", "left" or "right" alone.
     """
@@ -38,6 +39,7 @@ class NSP2Options(PromptOptions):
     rule: str = "knee"
     rule_left: str | None = None
     weighting: Literal["rows", "batches"] = "batches"
+    accumulation: str = "sum"
     ln_weight: float = 1.0
     sides: str = "both"
 
@@ -50,6 +52,7 @@ class NSP2Options(PromptOptions):
             require(name, fits or (name == "eta_left" and value is None), f"a number in [0, {high:g}]", value)
         require("normalize", self.normalize in ("fro", "none"), "fro or none", self.normalize)
         require("weighting", self.weighting in ("batches", "rows"), "batches or rows", self.weighting)
+        require("accumulation", self.accumulation in ("sum", "mean"), "sum or mean", self.accumulation)
         require("sides", self.sides in ("both", "left", "right"), "both, left or right", self.sides)
         check_rule("rule", self.rule)
         check_rule("rule_left", self.rule_left)
@@ -76,6 +79,7 @@ class NSP2(PromptMethod):
         super().__init__(backbone, options)
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
         self.store: SubspaceStore | None = None
+        self._images = 0  # behind the statistics
         self._previous: tuple[Tensor, Tensor] | None = None
         self._report: Report = {}
 
@@ -96,13 +100,18 @@ class NSP2(PromptMethod):
     @torch.no_grad()
     def _accumulate(self, loader: Batches) -> None:
         with CovarianceCollector(self.model, what="prompt", weighting=self.options.weighting) as collector:
+            seen = 0
             for images, _ in loader:
                 self.model(images)
+                seen += len(images)
+        before, self._images = self._images, self._images + seen
+        mean = self.options.accumulation == "mean"
+        old_share, share = (before / self._images, seen / self._images) if mean else (1.0, 1.0)
         for name, covariance in collector.covariances().items():
             left, right = covariance.left.matrix, covariance.right.matrix
             if name in self.statistics:
                 old_left, old_right = self.statistics[name]
-                left, right = left + old_left, right + old_right
+                left, right = share * left + old_share * old_left, share * right + old_share * old_right
             self.statistics[name] = (left, right)
 
     def _projectors(self) -> dict[str, Sides]:
@@ -136,6 +145,7 @@ class NSP2(PromptMethod):
     def _state(self) -> dict[str, Any]:
         return {
             "statistics": {name: list(pair) for name, pair in self.statistics.items()},
+            "images": self._images,
             "store": None if self.store is None else self.store.state_dict(),
             "previous": None if self._previous is None else list(self._previous),
             "report": self._report,
@@ -144,6 +154,7 @@ class NSP2(PromptMethod):
     def _load_state(self, state: dict[str, Any]) -> None:
         moved = {name: [tensor.to(self.device) for tensor in pair] for name, pair in state["statistics"].items()}
         self.statistics = {name: (pair[0], pair[1]) for name, pair in moved.items()}
+        self._images = state["images"]
         self.store = restored_store(state["store"], self.device)
         previous = state["previous"]
         self._previous = None if previous is None else (previous[0].to(self.device), previous[1].to(self.device))
