@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import cl_kernels as clk
 from cl_kernels.ops import Projector, project, projected_adam_step_
 from cl_kernels.ops._registry import OPS
+from cl_kernels.ops.projection import autograd
 from cl_kernels.ops.projection.arguments import Step
 from cl_kernels.ops.projection.reference import BASIS, DENSE, NONE, matrix_shape
 
@@ -371,6 +373,34 @@ def test_project_without_projectors_is_a_copy():
 def test_project_names_what_does_not_fit(bad):
     with pytest.raises(ValueError, match=f"{bad}: a projector of size 5"):
         project(torch.randn(3, 4), **{bad: Projector(basis(5, 2, torch.float32))})
+
+
+@pytest.mark.parametrize("doubled", ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "a gradient"])
+def test_the_same_memory_twice_is_refused_and_nothing_is_written(backend, doubled):
+    params, grads = [torch.randn(4, 6) for _ in range(2)], [torch.randn(4, 6) for _ in range(2)]
+    moments = state(params, amsgrad=True)
+    if doubled == "a gradient":
+        grads[1] = params[0]
+    else:
+        lists = moments | {"params": params}
+        lists[doubled][1] = lists[doubled][0]
+    before = copy.deepcopy((params, moments))
+    with pytest.raises(ValueError, match="twice"):
+        run(params, grads, moments, [None] * 2, [Projector(basis(6, 2, torch.float32))] * 2)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], params, strict=True))
+    for name, values in before[1].items():
+        assert all(torch.equal(a, b) for a, b in zip(values, moments[name], strict=True))
+
+
+@pytest.mark.parametrize("asked", [*range(4), *range(5, 8)])
+def test_the_backward_of_project_makes_only_what_is_asked_for(asked):
+    number = torch.tensor(0.9, dtype=torch.float64)
+    u, left, right = torch.randn(3, 5, dtype=torch.float64), basis(3, 1), basis(5, 2)
+    saved = (u, left, number, number, right, number, number)
+    needed = tuple(at == asked for at in range(9))
+    context = types.SimpleNamespace(saved_tensors=saved, forms=(BASIS, BASIS), needs_input_grad=needed)
+    made = autograd.backward(context, torch.randn(3, 5, dtype=torch.float64))
+    assert [gradient is not None for gradient in made] == list(needed)
 
 
 def test_project_has_two_gradients():

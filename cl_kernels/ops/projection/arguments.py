@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Step"]
+__all__ = ["Step", "distinct"]
 
 
 class Step(NamedTuple):
@@ -38,3 +38,12 @@ class Step(NamedTuple):
     maximize: bool
     grad_scale: Tensor | None
     found_inf: Tensor | None
+
+
+def distinct(s: Step) -> None:
+    """Raise `ValueError` if a tensor is written twice or a gradient is written: parameters may run side by side."""
+    written = [*s.params, *s.exp_avgs, *s.exp_avg_sqs, *s.max_exp_avg_sqs, *s.steps]
+    outputs = [t.data_ptr() for t in written if t.numel()]
+    once = set(outputs)
+    if len(once) != len(outputs) or not once.isdisjoint([t.data_ptr() for t in s.grads if t.numel()]):
+        raise ValueError("params, moments, steps and gradients: the same memory appears twice")

@@ -2,7 +2,8 @@
 
 For Y = P_l U P_r with upstream G, one side P = a I - b V V^T acting on X from the right with upstream H gives
     dU = P_l^T G P_r^T     da = <H, X>     db = -<H V, X V>     dV = -b (X^T H V + H^T X V)     dP = X^T H  (dense)
-where X = U, H = P_l^T G on the right, and X = (U P_r)^T, H = G^T, P^T in place of P on the left.
+where X = U, H = P_l^T G on the right, and X = (U P_r)^T, H = G^T, P^T in place of P on the left. Only what is asked for
+is computed: the scales of a plain `Projector` are numbers on the host, and their gradients would wait for the device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 from cl_kernels.ops.projection.reference import BASIS, DENSE, apply_right, cast, over
 
 __all__ = ["backward", "setup_context"]
+
+Side = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NOTHING: Side = (None, None, None)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -30,14 +34,19 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left = left.mT
     work = torch.promote_types(update.dtype, torch.float32)
     x, g = update.to(work), grad.to(work)
+    for_update, for_left, for_right = ctx.needs_input_grad[0], ctx.needs_input_grad[1:4], ctx.needs_input_grad[5:8]
     h = _apply(g.mT, left, left_identity, left_span, left_form, transpose=True).mT
-    z = _apply(x, right, right_identity, right_span, right_form)
-    d_update = _apply(h, right, right_identity, right_span, right_form, transpose=True)
-    d_left, *d_left_scales = _side(z.mT, g.mT, left, left_identity, left_span, left_form)
-    d_right = _side(x, h, right, right_identity, right_span, right_form)
-    if d_left is not None and left_form == DENSE:
-        d_left = d_left.mT
-    d_update = d_update.sum_to_size(update.shape).to(update.dtype)
+    d_update = None
+    if for_update:
+        d_update = _apply(h, right, right_identity, right_span, right_form, transpose=True)
+        d_update = d_update.sum_to_size(update.shape).to(update.dtype)
+    d_left, *d_left_scales = _NOTHING
+    if any(for_left):
+        z = _apply(x, right, right_identity, right_span, right_form)
+        d_left, *d_left_scales = _side(z.mT, g.mT, left, left_identity, left_span, left_form, for_left)
+        if d_left is not None and left_form == DENSE:
+            d_left = d_left.mT
+    d_right = _side(x, h, right, right_identity, right_span, right_form, for_right) if any(for_right) else _NOTHING
     return (d_update, d_left, *d_left_scales, None, *d_right, None)
 
 
@@ -54,16 +63,28 @@ def _apply(
 
 
 def _side(
-    x: Tensor, h: Tensor, matrix: Tensor | None, identity: Tensor | None, span: Tensor | None, form: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of one side's matrix, identity and span."""
+    x: Tensor,
+    h: Tensor,
+    matrix: Tensor | None,
+    identity: Tensor | None,
+    span: Tensor | None,
+    form: int,
+    needed: tuple[bool, bool, bool],
+) -> Side:
+    """Gradients of one side's matrix, identity and span, as far as needed."""
     if matrix is None:
-        return None, None, None
+        return _NOTHING
     if form != BASIS or identity is None or span is None:
         return (x.mT @ h).sum_to_size(matrix.shape).to(matrix.dtype), None, None
     v = matrix.to(x.dtype)
-    hv, xv = h @ v, x @ v
-    d_matrix = -over(span.to(x.dtype)) * (x.mT @ hv + h.mT @ xv)
-    d_identity = (h * x).sum(dim=(-2, -1)).sum_to_size(identity.shape).to(identity)
-    d_span = -(hv * xv).sum(dim=(-2, -1)).sum_to_size(span.shape).to(span)
-    return d_matrix.sum_to_size(matrix.shape).to(matrix.dtype), d_identity, d_span
+    d_matrix = d_identity = d_span = None
+    if needed[0] or needed[2]:
+        hv, xv = h @ v, x @ v
+    if needed[0]:
+        d_matrix = -over(span.to(x.dtype)) * (x.mT @ hv + h.mT @ xv)
+        d_matrix = d_matrix.sum_to_size(matrix.shape).to(matrix.dtype)
+    if needed[1]:
+        d_identity = (h * x).sum(dim=(-2, -1)).sum_to_size(identity.shape).to(identity)
+    if needed[2]:
+        d_span = -(hv * xv).sum(dim=(-2, -1)).sum_to_size(span.shape).to(span)
+    return d_matrix, d_identity, d_span

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cl_kernels.ops import _native
 from cl_kernels.ops._registry import Unsupported
-from cl_kernels.ops.projection.arguments import Step
-from cl_kernels.ops.projection.lists import Lists, distinct
+from cl_kernels.ops.projection.arguments import Step, distinct
+from cl_kernels.ops.projection.lists import Lists
 from cl_kernels.ops.projection.reference import BASIS, DENSE, Scale
 
 __all__ = ["step_cuda"]
@@ -52,7 +52,7 @@ def step_cuda(*arguments: Any) -> None:
     s = Step(*arguments)
     if s.found_inf is not None and not all(step.is_cuda for step in s.steps):
         raise Unsupported("found_inf on the device needs the step counts there too")
-    distinct([*s.params, *s.exp_avgs, *s.exp_avg_sqs, *s.max_exp_avg_sqs], s.grads)
+    distinct(s)
     calls = _calls(s)
     for (device, *_), call in calls.items():
         call.allocate(device, s)
@@ -102,7 +102,9 @@ def _launch(device: torch.device, call: _Call, s: Step) -> None:
         else:
             lr = float(s.lr_tensor)
     read = [None if t is None else t.to(device, torch.float32) for t in (s.grad_scale, s.found_inf)]
-    given = None if s.device_scales is None else s.device_scales[call.indices].contiguous()
+    given = s.device_scales
+    if given is not None:  # a selection sends its indices to the device
+        given = (given if len(call.indices) == len(s.params) else given[call.indices]).contiguous()
     lists, workspace = call.lists, call.workspace
     tensors = (
         0 if rate is None else rate.data_ptr(), rate is not None and rate.dtype == torch.float64,

@@ -15,7 +15,7 @@ from cl_kernels.ops._registry import Unsupported
 from cl_kernels.ops.projection.arguments import Step
 from cl_kernels.ops.projection.reference import NONE, matrix_shape
 
-__all__ = ["Lists", "distinct"]
+__all__ = ["Lists"]
 
 
 @dataclass(slots=True)
@@ -85,10 +85,3 @@ class Lists:
             rows, columns = matrix.stride()
         self.pointers.append(matrix.data_ptr())
         self.sizes += (form, matrix.shape[1], rows, columns)
-
-
-def distinct(written: list[Tensor], read: list[Tensor]) -> None:
-    """No tensor is written twice, and no gradient is written: kernels run parameters side by side."""
-    outputs = [t.data_ptr() for t in written if t.numel()]
-    if len(set(outputs)) != len(outputs) or not set(outputs).isdisjoint(t.data_ptr() for t in read if t.numel()):
-        raise ValueError("params, moments and gradients: the same memory appears twice")

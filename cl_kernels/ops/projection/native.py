@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from cl_kernels.ops import _native
-from cl_kernels.ops.projection.arguments import Step
-from cl_kernels.ops.projection.lists import Lists, distinct
+from cl_kernels.ops.projection.arguments import Step, distinct
+from cl_kernels.ops.projection.lists import Lists
 
 __all__ = ["step_cpu"]
 
@@ -19,7 +19,7 @@ def step_cpu(*arguments: Any) -> None:
     if s.found_inf is not None and s.found_inf.item():
         return
     scales = s.scales if s.device_scales is None else s.device_scales.flatten().tolist()
-    distinct([*s.params, *s.exp_avgs, *s.exp_avg_sqs, *s.max_exp_avg_sqs], s.grads)
+    distinct(s)
     calls: dict[torch.dtype, Lists] = {}
     for i, first in enumerate(s.exp_avgs):
         work = torch.float64 if first.dtype == torch.float64 else torch.float32

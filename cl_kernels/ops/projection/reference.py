@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels.ops.projection.arguments import Step
+from cl_kernels.ops.projection.arguments import Step, distinct
 
 __all__ = ["BASIS", "DENSE", "NONE", "apply_left", "apply_right", "matrix_shape", "project", "projected_adam_step_"]
 
@@ -97,6 +97,7 @@ def cast(scale: Tensor | None, dtype: torch.dtype) -> Scale:
 def projected_adam_step_(*arguments: Any) -> None:
     """The whole step, one parameter after the other; arithmetic in the moments' dtype, at least float32."""
     s = Step(*arguments)
+    distinct(s)
     rate: Scale = s.lr if s.lr_tensor is None else s.lr_tensor.double()
     for i, param in enumerate(s.params):
         work = torch.promote_types(s.exp_avgs[i].dtype, torch.float32)
