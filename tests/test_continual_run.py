@@ -472,6 +472,11 @@ class TestFaults:
         with pytest.raises(ValueError, match=words):
             continual.run(config)
 
+    def test_a_wrong_backend_is_refused_before_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CL_KERNELS_BACKEND", "nativ")
+        with pytest.raises(ValueError, match=r"backend.*'nativ'"):
+            run("class-mean")
+
     def test_more_tasks_than_classes(self) -> None:
         with pytest.raises(ValueError, match="6 classes"):
             run(tasks=7)

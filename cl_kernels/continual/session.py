@@ -17,6 +17,7 @@ from cl_kernels.continual import stream, transforms
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import pick_device, pick_precision
 from cl_kernels.continual.feed import Feed, Pool, Segment
+from cl_kernels.ops._registry import backend
 
 __all__ = ["Session", "open_session"]
 
@@ -70,6 +71,7 @@ def open_session(
     methods.check(config.method, **options)
     for domain in config.domains:
         transforms.get(domain)
+    backend()  # a wrong CL_KERNELS_BACKEND would show at the first statistics, after the first task
     device = pick_device(config.device)
     seconds, start = {}, time.perf_counter()
     if backbone is None:
