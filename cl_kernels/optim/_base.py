@@ -36,7 +36,10 @@ class ProjectedOptimizer(Optimizer):
         self._start: dict[Tensor, Tensor] = {}
         self._nonfinite = nonfinite
         self._skipped: Tensor | None = None
+        self._check_group(defaults)
         super().__init__(params, defaults)
+        if defaults["fused"]:
+            self._step_supports_amp_scaling = True
         if subspace is not None:
             self.set_subspace(subspace)
 
@@ -158,7 +161,21 @@ class ProjectedOptimizer(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Raise for settings, defaults or a group's, that are out of range; subclasses add their own."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if group["foreach"] and not group.get("capturable", False):
+                raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        if not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        if group["differentiable"]:
+            raise ValueError("differentiable=True is not supported: a projected step is not recorded by autograd")
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

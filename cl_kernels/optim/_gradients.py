@@ -1,29 +1,11 @@
-"""Small checks that the projected optimizers share."""
+"""The search for NaN and infinity before a step."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_rate", "found_nonfinite"]
-
-
-def check_rate(group: dict[str, Any]) -> None:
-    """The settings every optimizer has, in torch's wording."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if group["foreach"] and not group.get("capturable", False):
-            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if group["differentiable"]:
-        raise ValueError("differentiable=True is not supported: a projected step is not recorded by autograd")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+__all__ = ["found_nonfinite"]
 
 
 def found_nonfinite(

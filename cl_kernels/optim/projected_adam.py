@@ -32,7 +32,8 @@ class ProjectedAdam(ProjectedOptimizer):
     `skipped_steps`); on CUDA it decides on the device and uses torch's fused kernels for the free parameters.
     `project_decay=False` applies decoupled decay unprojected. 16-bit parameters lose updates below half a unit in the
     last place, as in torch: keep them in float32 and use autocast. With `eps=0` a projected parameter whose first
-    moment is 0 stays where it is.
+    moment is 0 stays where it is. Where no parameter has a gradient a step does nothing, but a `GradScaler` stops with
+    "No inf checks were recorded": nothing of this optimizer was reached by the loss.
 
     Raises `ValueError` for hyper-parameters, and what `set_subspace` raises. Cost: torch's, plus 4 m d r operations a
     projected parameter. Source: NSP2 (method-null-space 6), Adam-NSCL.
@@ -71,20 +72,15 @@ class ProjectedAdam(ProjectedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "project_decay": project_decay,
         }
-        self._check_group(defaults)
         super().__init__(params, defaults, subspace, nonfinite)
-        if fused:
-            self._step_supports_amp_scaling = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _gradients.check_rate(group)
+        super()._check_group(group)
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -51,16 +51,12 @@ class ProjectedSGD(ProjectedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._check_group(defaults)
         super().__init__(params, defaults, subspace, nonfinite)
-        if fused:
-            self._step_supports_amp_scaling = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _gradients.check_rate(group)
-        for name in ("momentum", "weight_decay"):
-            if not group[name] >= 0.0:
-                raise ValueError(f"Invalid {name} value: {group[name]}")
+        super()._check_group(group)
+        if not group["momentum"] >= 0.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
