@@ -405,6 +405,21 @@ class TestFaults:
                 backbone=backbone,
             )
 
+    def test_statistics_that_are_not_finite_name_task_and_last_good_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = HeadMethod.end_task
+
+        def end_task(self: Any, task: Any, loader: Any) -> None:
+            if task.index == 1:
+                self.backbone.blocks[0].norm1.weight.fill_(torch.nan)
+            original(self, task, loader)
+
+        monkeypatch.setattr(HeadMethod, "end_task", end_task)
+        words = r"weight: .* NaN.*; at the end of task 2 of 3 tasks \(null-space\); last good.*next: task 2, epoch 1"
+        with pytest.raises(NonFiniteError, match=words):
+            run("null-space", out=tmp_path)
+
     def test_a_full_disk_while_saving_keeps_the_old_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -68,6 +68,10 @@ class Keeper:
             return "no checkpoint was saved"
         return f"last good checkpoint: {self._path} (next: {self._last_good})"
 
+    def at_the_end(self, task: int) -> str:
+        """Where a run stands after the last step of a task (from 0), for messages."""
+        return f"at the end of task {task + 1} of {self._of_tasks()}; {self.last_good()}"
+
     def check_losses(self) -> None:
         """One synchronisation. Raises `NonFiniteError` naming the first step whose loss is not finite."""
         losses, place = self.state.losses, self.state.position

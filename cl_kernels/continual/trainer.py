@@ -27,6 +27,7 @@ from cl_kernels.continual.log import Log, Progress
 from cl_kernels.continual.record import results
 from cl_kernels.continual.session import Session, open_session
 from cl_kernels.continual.stopping import RunStopped, on_sigterm
+from cl_kernels.errors import NonFiniteError
 
 __all__ = ["RunStopped", "run"]
 
@@ -120,7 +121,10 @@ class _Trainer:
         while method.optimizer is not None and state.position.epoch < self.session.epochs:
             self._epoch(feed)
         start = time.perf_counter()
-        method.end_task(view, view.batches())
+        try:
+            method.end_task(view, view.batches())
+        except NonFiniteError as error:  # it knows the layer and not how far the run has come
+            raise NonFiniteError(f"{error}; {self.keeper.at_the_end(index)}") from error
         state.open = False
         state.record.end_seconds.append(time.perf_counter() - start)
         state.record.subspace.append(method.subspace())
