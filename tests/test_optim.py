@@ -459,6 +459,23 @@ def test_an_embedded_subspace_needs_no_store(net):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
+def test_a_load_that_fails_changes_nothing(net):
+    optimizer = ProjectedAdamW(net.named_parameters(), subspace=subspace())
+    train(net, optimizer, 2)
+    saved = optimizer.state_dict(include_subspace=True)
+    foreign = copy.deepcopy(saved)
+    foreign["subspace"]["tensors"]["unknown"] = foreign["subspace"]["tensors"]["prompt"]
+    short = copy.deepcopy(saved)
+    short["param_groups"] = []
+    target = ProjectedAdamW(Net().named_parameters())
+    for state, error in ((foreign, SubspaceMismatchError), (short, ValueError)):
+        with pytest.raises(error):
+            target.load_state_dict(state)
+        assert not target.state
+        assert "subspace" not in target.state_dict()
+        assert target.violations() == {}
+
+
 def test_deepcopy_and_pickle_keep_projecting(net):
     store = TinyStore()
     for name, value in subspace().items():

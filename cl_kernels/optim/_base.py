@@ -200,10 +200,15 @@ class ProjectedOptimizer(Optimizer):
             store = _subspace.embedded(saved["tensors"], devices)
         elif strict and prints:
             self._same_subspace(prints)
-        super().load_state_dict(state_dict)
+        before = (self._store, self._strict, self._ready, self._start, self._seen)
         if store is not None:
             self.set_subspace(store, strict=strict)
-        elif self._store is not None:
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self._store, self._strict, self._ready, self._start, self._seen = before
+            raise
+        if self._store is not None:
             self._adopt(self._store, self._strict, restart=True)
 
     def _same_subspace(self, saved: dict[str, str]) -> None:
