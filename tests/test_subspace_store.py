@@ -530,12 +530,26 @@ def test_temporary_files_of_the_dead_are_swept(tmp_path: Path) -> None:
     left = [entry.name for entry in tmp_path.iterdir() if entry.name != "s"]
     assert len(left) == 1
     assert path.read_bytes() == b"old"
-    keep = [f".s.{os.getpid()}-abc.tmp", ".other.1-abc.tmp", ".s.notes.tmp", "s.tmp"]
-    for name in keep:
+    keep = [f".s.{os.getppid()}-abc.tmp", ".other.1-abc.tmp", ".s.notes.tmp", "s.tmp"]
+    for name in (*keep, f".s.{os.getpid()}-abc.tmp"):  # the last one of a killed process that had our number
         (tmp_path / name).write_bytes(b"")
     _files.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["s", *keep])
+
+
+def test_two_writers_of_one_process_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fsync = tmp_path / "s", os.fsync
+
+    def interrupted(handle: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        _files.write_atomically(path, b"inner")
+        assert path.read_bytes() == b"inner"
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    _files.write_atomically(path, b"outer")
+    assert path.read_bytes() == b"outer"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:

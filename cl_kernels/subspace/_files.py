@@ -17,6 +17,7 @@ from cl_kernels.errors import CheckpointError
 
 __all__ = ["load_tensors", "save_tensors", "write_atomically"]
 
+_writing: set[str] = set()  # names of this process' temporary files
 _MAGIC = {
     b"\x80": "a pickle",
     b"PK\x03\x04": "a zip archive (torch.save writes pickles in one)",
@@ -36,6 +37,7 @@ def write_atomically(path: str | os.PathLike[str], payload: bytes) -> None:
     target = Path(path)
     _sweep(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _writing.add(temporary.name)
     try:
         with open(temporary, "xb") as file:
             file.write(payload)
@@ -46,6 +48,8 @@ def write_atomically(path: str | os.PathLike[str], payload: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    finally:
+        _writing.discard(temporary.name)
     _sync_directory(target.parent)
 
 
@@ -125,14 +129,18 @@ def _sweep(target: Path) -> None:
     prefix, suffix = f".{target.name}.", ".tmp"
     with contextlib.suppress(OSError):
         for entry in target.parent.iterdir():
-            middle = entry.name[len(prefix) : -len(suffix)]
-            if entry.name.startswith(prefix) and entry.name.endswith(suffix) and not _alive(middle.partition("-")[0]):
+            name = entry.name
+            ours = name.startswith(prefix) and name.endswith(suffix) and name not in _writing
+            if ours and not _alive(name[len(prefix) : -len(suffix)].partition("-")[0]):
                 entry.unlink(missing_ok=True)
 
 
 def _alive(process: str) -> bool:
+    """Whether another process of that number may be writing; a container starts again under its old number."""
     if not process.isdecimal():
         return True  # not ours to judge
+    if int(process) == os.getpid():
+        return False
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, OverflowError):
