@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,3 +124,51 @@ def test_rows_for_real(
     other = demo.work(demo.Job(means.label, means.title, means.out, {**means.settings, "tasks": 2}))
     assert len(other["accuracy_matrix"]) == 2, "a run with other settings replaces it"
     assert Path(heads.out, "results.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
+def test_workers_end_when_the_demo_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="the backbone is a timm model")
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "demo.py"),
+        "--seeds",
+        "9",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: any(tmp_path.glob("runs/*/metrics.jsonl")), "a worker runs")
+        workers = children(demo.pid)
+    finally:
+        demo.kill()
+        demo.wait()
+    assert workers
+    until(lambda: not any(alive(pid) for pid in workers), "the workers have ended")
+
+
+def until(done: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
+        time.sleep(0.1)
+
+
+def status(pid: int) -> list[str]:
+    """State and parent of a process, from the fields behind its name; nothing for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return []
+
+
+def children(parent: int) -> list[int]:
+    found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in found if status(pid)[1:] == [str(parent)]]
+
+
+def alive(pid: int) -> bool:
+    return bool(status(pid)) and status(pid)[0] != "Z"
