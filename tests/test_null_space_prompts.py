@@ -385,6 +385,25 @@ def test_constant_gain_leaves_only_drift() -> None:
     assert 0.03 <= slope <= 0.07
 
 
+def test_how_wrong_the_paper_is_grows_with_the_spread_of_the_gain() -> None:
+    """Construction P6: with equal sigma the paper's slope is about std(log gain), the folded one is small at each."""
+    for spread, expected in ((0.05, 0.07), (0.1, 0.11), (0.2, 0.20), (0.3, 0.29), (0.5, 0.45)):
+        torch.manual_seed(0)
+        gain, shift = torch.exp(spread * torch.randn(768, dtype=F64)), 0.3 * torch.randn(768, dtype=F64)
+        query, key = (torch.randn(768, 768, dtype=F64) / 768**0.5 for _ in range(2))
+        biases = tuple(0.1 * torch.randn(768, dtype=F64) for _ in range(2))
+        tokens = 2 * torch.randn(16, 768, dtype=F64)
+        prompts, direction = torch.empty(4, 768, dtype=F64).uniform_(-1, 1), torch.randn(4, 768, dtype=F64)
+        case = Attention(12, gain, shift, (query, key, key), (*biases, biases[1]), tokens, prompts, direction)
+        slopes = [
+            affinity_change(case, step_of(case, 0.01, right)) / 0.01
+            for right in (None, right_projector(case, gain=False), right_projector(case))
+        ]
+        assert 0.85 <= slopes[0] <= 1.05
+        assert slopes[1] == pytest.approx(expected, abs=0.015)
+        assert 0.015 <= slopes[2] <= 0.055
+
+
 def test_aggregation(block: Attention) -> None:
     """Property 11: S fixed; paper 0.11 to 0.19 s; folded with sigma frozen exact; with drift 0.25 to 0.41 s^2."""
     prompts = block.prompts.clone()
