@@ -3,19 +3,19 @@
 What makes the numbers comparable on a shared machine: one thread, variants interleaved round by round in a rotating
 order, process CPU time (wall time beside it), minimum and median over the rounds, a floor computed from rates measured
 in the same process, and every output checked against its expected value before anything is timed. Quote ratios.
+On a GPU the same columns come from cuda_timing.py, and an implementation that falls back counts as failed.
 
-A benchmark file provides `cases(quick: bool) -> Iterable[Case]` and ends with `harness.main(__doc__, cases)`.
+A benchmark file provides `cases(quick: bool) -> Iterable[Case]`, where it has GPU cases the same for those, ordered by
+risk, and ends with `harness.main(__doc__, cases, cuda_cases)`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+if __package__:
+    from . import cpu_timing, cuda_timing
+else:
+    import cpu_timing
+    import cuda_timing
 
 __all__ = ["Case", "Rates", "can_compile", "environment", "main", "measure"]
 
@@ -39,51 +45,57 @@ class Case:
     `variants` maps a name to a call without arguments that returns its output(s); "ours" is the one that ratios are
     quoted for. Each variant is called once and compared with `expected` by the relative Frobenius error, which must
     stay below `tolerance` (one number, or one for each name; infinity where a baseline is known to be inexact: its
-    error is printed all the same). `flops` and `bytes_moved` give the floor at the rate named by `rate`.
+    error is printed all the same). Where variants answer slightly different questions, `expected` maps their names to
+    outputs; `read` turns what a call returns into tensors. `measures` are further columns, functions of the outputs
+    such as the leak of a projector, and `limits` says which variants must keep them ("ours" where a name is absent).
+    `flops` and `bytes_moved` give the floor at the rate named by `rate`. `slow` cases run only with --slow.
     """
 
     name: str
-    variants: dict[str, Callable[[], Outputs]]
-    expected: Outputs
+    variants: dict[str, Callable[[], Any]]
+    expected: Outputs | dict[str, Outputs]
     tolerance: float | dict[str, float]
     flops: float = 0.0
     bytes_moved: float = 0.0
     rate: str = "sgemm"
     notes: dict[str, Any] = field(default_factory=dict)
+    read: Callable[[Any], Outputs] = lambda output: output
+    measures: dict[str, Callable[[Outputs], float]] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    limited: tuple[str, ...] = ("ours",)
+    slow: bool = False
+    memory: bool = True
+
+    def check(self, name: str) -> dict[str, float]:
+        """Call a variant once: its error and measures. Raises `ValueError` where one of them is too large."""
+        output = self.read(self.variants[name]())
+        expected = self.expected[name] if isinstance(self.expected, dict) else self.expected
+        allowed = {"error": self.tolerance[name] if isinstance(self.tolerance, dict) else self.tolerance}
+        found = {"error": error(output, expected)} | {key: call(output) for key, call in self.measures.items()}
+        if name in self.limited:
+            allowed |= self.limits
+        for key, most in allowed.items():
+            if not found[key] <= most:
+                raise ValueError(f"{self.name}: {name} is wrong, {key} {found[key]:.1e} > {most:.1e}; nothing timed")
+        return found
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does at this moment with one thread: GFLOP/s of matrix products, GB/s of a copy."""
+    """What this machine does at this moment: GFLOP/s of products, GB/s of a copy; on a CPU with one thread."""
 
     sgemm: float
     dgemm: float
     bf16gemm: float
     copy: float
-
-    @classmethod
-    def calibrate(cls) -> Rates:
-        def product(dtype: torch.dtype) -> float:
-            a = torch.randn(1024, 1024, dtype=dtype)
-            return 2 * 1024**3 / _best(lambda: a @ a) / 1e9
-
-        source = torch.randn(1 << 24)  # 64 MiB, past most last-level cache slices
-        target = torch.empty_like(source)
-        copy = 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9
-        return cls(product(torch.float32), product(torch.float64), product(torch.bfloat16), copy)
+    tf32gemm: float = 0.0
+    split3gemm: float = 0.0
+    tallgemm: float = 0.0
+    empty_launch_us: float = 0.0
 
     def floor(self, case: Case) -> float:
         """Seconds that the arithmetic or the memory traffic takes at the least."""
         return max(case.flops / getattr(self, case.rate), case.bytes_moved / self.copy) / 1e9
-
-
-def _best(call: Callable[[], Any], repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
 
 
 def can_compile() -> bool:
@@ -94,9 +106,11 @@ def can_compile() -> bool:
         return False
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
+    clock = "process CPU seconds; wall seconds beside them"
     return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -105,7 +119,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "clock": "process CPU seconds; wall seconds beside them",
+        "clock": clock if device == "cpu" else "CUDA events, L2 flushed",
     }
 
 
@@ -139,58 +153,64 @@ def error(actual: Outputs, expected: Outputs) -> float:
     return worst
 
 
-def measure(case: Case, rates: Rates, *, rounds: int = 7, slice_s: float = 0.05) -> dict[str, Any]:
-    """Check the outputs, then time all variants interleaved. Raises `ValueError` if an output is wrong."""
-    errors = {name: error(call(), case.expected) for name, call in case.variants.items()}
-    for name, found in errors.items():
-        allowed = case.tolerance[name] if isinstance(case.tolerance, dict) else case.tolerance
-        if not found <= allowed:
-            raise ValueError(f"{case.name}: {name} is wrong, relative error {found:.1e} > {allowed:.1e}; nothing timed")
-    calls = {name: max(1, round(slice_s / max(_best(call, 3), 1e-7))) for name, call in case.variants.items()}
-    cpu: dict[str, list[float]] = {name: [] for name in case.variants}
-    wall: dict[str, list[float]] = {name: [] for name in case.variants}
-    names = list(case.variants)
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                call, count = case.variants[name], calls[name]
-                wall_start, cpu_start = time.perf_counter(), time.process_time()
-                for _ in range(count):
-                    call()
-                cpu[name].append((time.process_time() - cpu_start) / count)
-                wall[name].append((time.perf_counter() - wall_start) / count)
-    finally:
-        gc.enable()
+def measure(case: Case, rates: Rates, *, device: str = "cpu", rounds: int = 7) -> dict[str, Any]:
+    """Check the outputs, then time all variants in turns. Raises `ValueError` if an output is wrong.
+
+    On a GPU a variant that is wrong or cannot run is reported as such and the others are timed: time there is scarce.
+    """
+    failed: dict[str, str] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name in case.variants:
+        try:
+            found[name] = case.check(name)
+        except Exception as problem:
+            if device == "cpu":
+                raise
+            failed[name] = f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
+    variants = {name: case.variants[name] for name in found}
+    columns = (
+        cuda_timing.times(variants) if device == "cuda" else cpu_timing.times(variants, rounds, memory=case.memory)
+    )
     floor = rates.floor(case)
-    ours = min(cpu["ours"]) if "ours" in cpu else None
+    clock = "median_s" if device == "cuda" else "min_s"
+    ours = columns["ours"][clock] if "ours" in columns else None
     rows = [
         {
             "variant": name,
-            "min_s": min(cpu[name]),
-            "median_s": statistics.median(cpu[name]),
-            "wall_min_s": min(wall[name]),
-            "floor_percent": 100 * floor / min(cpu[name]) if floor else None,
-            "times_ours": min(cpu[name]) / ours if ours else None,
-            "error": errors[name],
+            **columns[name],
+            "floor_percent": 100 * floor / columns[name][clock] if floor else None,
+            "times_ours": columns[name][clock] / ours if ours else None,
+            **found[name],
         }
-        for name in names
+        for name in variants
     ]
-    return {"case": case.name, "floor_s": floor or None, "notes": case.notes, "rows": rows}
+    rows += [{"variant": name, "failed": why} for name, why in failed.items()]
+    work = {"flops": case.flops, "bytes": case.bytes_moved, "rate": case.rate}
+    return {"case": case.name, "floor_s": floor or None, **work, "notes": case.notes, "rows": rows}
 
 
 def _show(result: dict[str, Any]) -> None:
-    floor = f", floor {_time(result['floor_s'])}" if result["floor_s"] else ""
+    floor = f", floor {_time(result['floor_s']).strip()}" if result["floor_s"] else ""
     lines = [f"\n{result['case']}{floor}"]
     for row in result["rows"]:
+        if "failed" in row:
+            lines.append(f"  {row['variant']:<34} failed: {row['failed']}")
+            continue
         percent = f"{row['floor_percent']:5.0f} %" if row["floor_percent"] is not None else "      -"
         ratio = f"{row['times_ours']:8.2f}x" if row["times_ours"] is not None else "       - "
+        peak = f"  peak {row['peak_bytes'] / 2**20:6.1f} MB" if row["peak_bytes"] is not None else ""
+        graph = f"  graph {_time(row['graph_s'])}" if row.get("graph_s") else ""
+        more = "".join(f"  {key} {row[key]:.1e}" for key in row if key not in _COLUMNS and isinstance(row[key], float))
         lines.append(
-            f"  {row['variant']:<34} min {_time(row['min_s'])}  median {_time(row['median_s'])}  of floor {percent}"
-            f"  {ratio} ours  error {row['error']:.1e}"
+            f"  {row['variant']:<34} min {_time(row['min_s'])}  median {_time(row['median_s'])}{graph}  of floor "
+            f"{percent}  {ratio} ours{peak}  error {row['error']:.1e}{more}"
         )
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+_COLUMNS = {"min_s", "median_s", "wall_min_s", "p20_s", "p80_s", "graph_s", "host_s"}
+_COLUMNS |= {"floor_percent", "times_ours", "error"}
 
 
 def _time(seconds: float) -> str:
@@ -201,25 +221,43 @@ def _time(seconds: float) -> str:
 
 
 def main(
-    description: str | None, cases: Callable[[bool], Iterable[Case]], arguments: Sequence[str] | None = None
+    description: str | None,
+    cases: Callable[[bool], Iterable[Case]],
+    cuda_cases: Callable[[bool], Iterable[Case]] | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> int:
-    """The command line of a benchmark file."""
+    """The command line of a benchmark file. With a GPU its GPU cases run, elsewhere those of the CPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds: does it run, are outputs right")
+    parser.add_argument("--slow", action="store_true", help="the cases that take minutes too")
     parser.add_argument("--json", type=Path, help="write all numbers and the environment to this file")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
+    device = _device(options.device, cuda_cases is not None)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rates = Rates.calibrate()
-    sys.stdout.write(f"{environment()['cpu']}; {', '.join(f'{k} {v:.1f}' for k, v in asdict(rates).items())} G/s\n")
-    results = []
-    for case in cases(options.quick):
-        if options.only in case.name:
-            results.append(measure(case, rates, rounds=3 if options.quick else 7))
-            _show(results[-1])
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": environment(), "rates": asdict(rates), "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    rates = Rates(**(cuda_timing if device == "cuda" else cpu_timing).rates())
+    kind = environment(device)
+    shown = ", ".join(f"{key} {value:.1f}" for key, value in asdict(rates).items() if value)
+    sys.stdout.write(f"{kind['device'] if device == 'cuda' else kind['cpu']}; {shown} G/s\n")
+    results: list[dict[str, Any]] = []
+    for case in (cuda_cases if device == "cuda" and cuda_cases else cases)(options.quick):
+        if options.only not in case.name or (case.slow and not options.slow):
+            continue
+        results.append(measure(case, rates, device=device, rounds=3 if options.quick else 7))
+        _show(results[-1])
+        if options.json:  # after each case: a GPU session may end at any moment
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            report = {"environment": kind, "rates": asdict(rates), "results": results}
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _device(wanted: str, has_cuda_cases: bool) -> str:
+    device = wanted
+    if wanted == "auto":
+        device = "cuda" if has_cuda_cases and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        os.environ["CL_KERNELS_STRICT"] = "1"  # a fallback timed as if it were the kernel would be a lie
+    return device
