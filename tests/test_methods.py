@@ -111,6 +111,18 @@ class TestNames:
             ("matched-lr", {"base": "lora"}),
             ("null-space", {"rule": "energy"}),
             ("joint", {"base": "lora"}),
+            ("adam-nscl", {"base": "lora"}),
+            ("adam-nscl", {"floor": -1.0}),
+            ("adam-nscl", {"statistic": "batch-mean", "base": "prompts"}),
+            ("adam-nscl", {"later_scale": True}),
+            ("gpm", {"threshold": 1.5}),
+            ("gpm", {"per_layer": {"mlp": 2}}),
+            ("gpm", {"mode": "official"}),
+            ("gpm", {"samples_per_task": 0}),
+            ("gpm", {"momentum": 1.0}),
+            ("nsp2", {"refine": "yes"}),
+            ("nsp2", {"refine_covariance": "tied"}),
+            ("nsp2", {"refine_samples": 0}),
         ],
     )
     def test_a_value_out_of_range_is_refused_before_the_backbone_is_touched(
@@ -245,10 +257,11 @@ class TestBodies:
         linears = {
             f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         }
-        assert moved == (linears if name in ("full", "null-space") else set())
+        weights = ("full", "null-space", "adam-nscl", "gpm")
+        assert moved == (linears if name in weights else set())
         names = set(self.body(method))
         prompts = {"prompts.0", "prompts.1"}
-        expected = {"full": linears, "null-space": linears, "linear": set(), "class-mean": set()}
+        expected = {**dict.fromkeys(weights, linears), "linear": set(), "class-mean": set()}
         assert names == expected.get(name, prompts)
 
     @pytest.mark.parametrize(
@@ -334,7 +347,7 @@ class TestProtection:
         backbone = tiny_model()
         method: Any = methods.create("null-space", backbone, rule="energy:0.9", lr=1e-2)
         train(method, TASKS[0])
-        covariances = dict(method.statistics)
+        covariances = {name: sides["right"] for name, sides in method.memory.statistics.items()}
         before = {name: parameter.detach().clone() for name, parameter in method.trainable_parameters()}
         train(method, TASKS[1], steps=6)
         for name, projector in ((name, method.store.sides(name).right) for name in method.store):
@@ -347,15 +360,16 @@ class TestProtection:
             assert float((moved @ basis).norm() / moved.norm()) < 1e-4
             assert projector.dim == moved.shape[1]
 
-    @pytest.mark.parametrize("name", ["nsp2", "null-space"])
+    @pytest.mark.parametrize("name", ["nsp2", "null-space", "adam-nscl"])
     def test_statistics_add_up_over_tasks_and_stop_at_the_last(self, name: str) -> None:
-        method: Any = methods.create(name, tiny_model(), lr=0.0, head_lr=0.0)
+        options = {"accumulation": "sum"} if name == "adam-nscl" else {}
+        method: Any = methods.create(name, tiny_model(), lr=0.0, head_lr=0.0, **options)
         sums = []
         for task in TASKS:
             train(method, task, steps=1)
-            sums.append(dict(method.statistics))
-        for key, value in sums[0].items():
-            first, second, third = (s[key] if torch.is_tensor(value) else s[key][1] for s in sums)
+            sums.append({key: sides["right"] for key, sides in method.memory.statistics.items()})
+        for key in sums[0]:
+            first, second, third = (s[key] for s in sums)
             assert float(second.diagonal().sum()) > 1.5 * float(first.diagonal().sum())
             assert torch.equal(second, third)
 
@@ -395,7 +409,9 @@ class TestProtection:
 
 
 class TestState:
-    @pytest.mark.parametrize("name", [*methods.names(), "matched-lr full", "joint full"])
+    @pytest.mark.parametrize(
+        "name", [*methods.names(), "matched-lr full", "joint full", "gpm prompts", "adam-nscl prompts"]
+    )
     def test_saved_in_the_middle_of_a_task_it_goes_on_bit_for_bit(self, name: str) -> None:
         name, *base = name.split()
         options: dict[str, Any] = {"base": base[0]} if base else {}

@@ -229,7 +229,7 @@ class TestLayerNormLoss:
 
 def test_mean_accumulation_weighs_by_images_and_survives_a_checkpoint() -> None:
     first, second = Toy(0, (0, 1)), Toy(1, (2, 3, 4, 5))  # 16 and 32 images
-    found: dict[str, list[dict[str, tuple[Tensor, Tensor]]]] = {}
+    found: dict[str, list[dict[str, dict[str, Tensor]]]] = {}
     for accumulation in ("sum", "mean"):
         torch.manual_seed(0)
         method: Any = methods.create("nsp2", tiny_model(), accumulation=accumulation)
@@ -237,12 +237,12 @@ def test_mean_accumulation_weighs_by_images_and_survives_a_checkpoint() -> None:
         for task in (first, second):
             method.begin_task(task)
             method.end_task(task, task.batches())
-            kept.append(method.statistics)
+            kept.append({name: dict(sides) for name, sides in method.memory.statistics.items()})
             state, method = method.state_dict(), methods.create("nsp2", tiny_model(), accumulation=accumulation)
             method.load_state_dict(state)
         found[accumulation] = kept
     for name, total in found["sum"][1].items():
-        for side in (0, 1):
+        for side in ("left", "right"):
             one, other = found["sum"][0][name][side], total[side] - found["sum"][0][name][side]
             assert torch.equal(found["mean"][0][name][side], one)
             torch.testing.assert_close(found["mean"][1][name][side], (16 * one + 32 * other) / 48)

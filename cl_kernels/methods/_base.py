@@ -55,9 +55,13 @@ class HeadMethod:
         """The trainable parameters besides the heads, by name."""
         return []
 
-    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The optimizer of one task. `groups`: body, then heads, each with named parameters and its own lr."""
+    def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """An optimizer of the method's kind. `groups`: body, then heads, each with named parameters and its own lr."""
         return torch.optim.Adam(groups, betas=self.options.betas, eps=self.options.eps, foreach=True)
+
+    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer of one task, with all that the method binds to it."""
+        return self._new_optimizer(groups)
 
     def _regulariser(self) -> Tensor | None:
         """A term added to the loss."""
@@ -217,8 +221,11 @@ class HeadMethod:
     def _weight_decay(self) -> float:
         return self.default_weight_decay if self.options.weight_decay is None else self.options.weight_decay
 
+    def _head_weight_decay(self) -> float:
+        return self._weight_decay()
+
     def _make_optimizer(self) -> None:
-        lr, decay = self._learning_rate(), self._weight_decay()
+        lr = self._learning_rate()
         body, heads = self._body(), self._head_parameters()
         alone = not body and self.options.lr is not None
         head_lr = lr if alone or self.options.head_lr is None else self.options.head_lr
@@ -226,9 +233,9 @@ class HeadMethod:
             parameter.requires_grad_(False)
         for _, parameter in [*body, *heads]:
             parameter.requires_grad_(True)
-        groups: list[dict[str, Any]] = [{"params": heads, "lr": head_lr, "weight_decay": decay}]
+        groups: list[dict[str, Any]] = [{"params": heads, "lr": head_lr, "weight_decay": self._head_weight_decay()}]
         if body:
-            groups.insert(0, {"params": body, "lr": lr * self._body_scale(), "weight_decay": decay})
+            groups.insert(0, {"params": body, "lr": lr * self._body_scale(), "weight_decay": self._weight_decay()})
         self.optimizer = self._build_optimizer(groups)
         factors = multipliers(self.options.schedule, self.tasks[-1].epochs)
         self.scheduler = LambdaLR(self.optimizer, lambda epoch: factors[min(epoch, len(factors) - 1)])

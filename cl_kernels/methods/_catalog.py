@@ -11,8 +11,10 @@ from torch import nn
 from cl_kernels.methods._base import HeadMethod
 from cl_kernels.methods._options import Options, option_defaults
 from cl_kernels.methods._protocol import Method
+from cl_kernels.methods.adam_nscl import AdamNSCLOptions, create_adam_nscl
 from cl_kernels.methods.class_mean import ClassMean
 from cl_kernels.methods.full import Full
+from cl_kernels.methods.gpm import GPMOptions, create_gpm
 from cl_kernels.methods.joint import JointOptions, create_joint
 from cl_kernels.methods.linear import Linear
 from cl_kernels.methods.matched_lr import MatchedOptions, create_matched
@@ -34,6 +36,8 @@ _METHODS: dict[str, tuple[Factory, type[Options]]] = {
     "nsp2-exact": (NSP2Exact, NSP2Exact.options_type),
     "full": (Full, Full.options_type),
     "null-space": (NullSpace, NullSpace.options_type),
+    "adam-nscl": (create_adam_nscl, AdamNSCLOptions),
+    "gpm": (create_gpm, GPMOptions),
     "joint": (create_joint, JointOptions),
 }
 
@@ -52,6 +56,31 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "nsp2": _NSP2_RECIPE,
     "nsp2-exact": _NSP2_RECIPE,
     "null-space": {"rule": "times:10", "normalize": "fro", "lr": 5e-5, "head_lr": 1e-3, "head": "linear"},
+    "adam-nscl": {
+        "base": "full",
+        "rule": "times:10",
+        "normalize": "fro",
+        "statistic": "batch-mean",
+        "accumulation": "sum",
+        "lr": 1e-4,
+        "later_scale": 0.5,
+        "head_lr": 1e-3,
+        "weight_decay": 5e-5,
+        "schedule": "halves",
+        "head": "linear",
+        "head_init": "default",
+    },
+    "gpm": {
+        "base": "full",
+        "threshold": 0.97,
+        "increment": 0.003,
+        "mode": "repository",
+        "samples_per_task": 125,
+        "lr": 0.01,
+        "head_lr": None,
+        "head": "linear",
+        "head_init": "default",
+    },
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from cl_kernels.methods._heads import HEAD_INITS, HEADS
 from cl_kernels.methods._schedule import SCHEDULES
 
-__all__ = ["Options", "option_defaults", "require"]
+__all__ = ["Options", "count", "number", "option_defaults", "require"]
 
 
 def require(name: str, ok: bool, wanted: str, value: object) -> None:
@@ -47,15 +47,15 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("lr", "head_lr", "weight_decay"):
             value = getattr(self, name)
-            require(name, value is None or _number(value, 0.0, 1e3), "None or a number in [0, 1000]", value)
+            require(name, value is None or number(value, 0.0, 1e3), "None or a number in [0, 1000]", value)
         require("head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
         require("head_init", self.head_init in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}", self.head_init)
         require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}", self.schedule)
-        require("temperature", _number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
-        require("head_scale", _number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
-        require("eps", _number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)
+        require("temperature", number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
+        require("head_scale", number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
+        require("eps", number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
-        ok = pair and all(_number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
+        ok = pair and all(number(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
         require("betas", ok, "two numbers in [0, 1)", self.betas)
 
 
@@ -64,7 +64,13 @@ def option_defaults(options: type[Options]) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(options)}
 
 
-def _number(value: object, low: float, high: float) -> bool:
+def count(value: object, low: int, high: int) -> bool:
+    """True for an int in [low, high]; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def number(value: object, low: float, high: float) -> bool:
+    """True for a finite number in [low, high]; a bool is none."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)

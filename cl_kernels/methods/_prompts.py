@@ -9,10 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cl_kernels.methods._base import HeadMethod
-from cl_kernels.methods._options import Options, require
+from cl_kernels.methods._options import Options, count, require
 from cl_kernels.nn import PromptedViT
 from cl_kernels.optim import ProjectedAdam
-from cl_kernels.subspace import SubspaceStore
 
 __all__ = ["PromptMethod", "PromptOptions"]
 
@@ -32,14 +31,14 @@ class PromptOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("prompts", _count(self.prompts, 1, 4096), "an int in [1, 4096]", self.prompts)
-        ok = self.depth in ("deep", "shallow") or _count(self.depth, 1, 4096)
+        require("prompts", count(self.prompts, 1, 4096), "an int in [1, 4096]", self.prompts)
+        ok = self.depth in ("deep", "shallow") or count(self.depth, 1, 4096)
         require("depth", ok, "deep, shallow or a number of blocks", self.depth)
         require("placement", self.placement in ("append", "prepend"), "append or prepend", self.placement)
 
 
 class PromptMethod(HeadMethod):
-    """Prompts of every block train through Adam with L2 decay; the step may be projected, the heads' never is."""
+    """Prompts of every block train through Adam with L2 decay."""
 
     options_type: ClassVar[type[Options]] = PromptOptions
     options: PromptOptions
@@ -60,17 +59,5 @@ class PromptMethod(HeadMethod):
     def _body(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if name.startswith("prompts.")]
 
-    def _store(self) -> SubspaceStore | None:
-        """The subspaces that project this task's updates; None for plain Adam."""
-        return None
-
-    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        optimizer = ProjectedAdam(groups, betas=self.options.betas, eps=self.options.eps)
-        store = self._store()
-        if store is not None:
-            optimizer.set_subspace(store)  # heads are not in it and train freely
-        return optimizer
-
-
-def _count(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return ProjectedAdam(groups, betas=self.options.betas, eps=self.options.eps)

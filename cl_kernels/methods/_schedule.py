@@ -6,7 +6,7 @@ import math
 
 __all__ = ["SCHEDULES", "multipliers"]
 
-SCHEDULES = ("constant", "cosine", "steps", "steps-official")
+SCHEDULES = ("constant", "cosine", "steps", "steps-official", "halves")
 
 
 def multipliers(schedule: str, epochs: int) -> list[float]:
@@ -14,13 +14,16 @@ def multipliers(schedule: str, epochs: int) -> list[float]:
 
     "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
     "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten epochs
-    split 4/3/3 (method-null-space.md T4). Raises `ValueError` for another name."""
+    split 4/3/3 (method-null-space.md T4). "halves": x 0.5 at 3/8 and again at 3/4 (Adam-NSCL: epochs 30 and 60 of 80).
+    Raises `ValueError` for another name."""
     if schedule == "constant":
         return [1.0] * epochs
     if schedule == "cosine":
         return [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if schedule == "halves":
+        return [0.5 ** sum(epoch >= part * epochs for part in (0.375, 0.75)) for epoch in range(epochs)]
     early = 1 if schedule == "steps-official" else 0
     milestones = (round(0.5 * epochs), round(0.8 * epochs))
     return [0.1 ** sum(epoch + early >= milestone for milestone in milestones) for epoch in range(epochs)]

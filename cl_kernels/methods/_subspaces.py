@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cl_kernels.methods._options import require
+from cl_kernels.methods._options import Options, number, require
 from cl_kernels.ops import Projector, Sides, rules
 from cl_kernels.subspace import SubspaceStore
 from cl_kernels.subspace._algebra import protected_rank
 
 __all__ = [
+    "CutOptions",
     "Report",
     "check_rule",
     "matched",
@@ -29,12 +32,34 @@ Report = dict[str, dict[str, dict[str, float]]]
 """By parameter, by side: dim, protected, gain, energy."""
 
 
-def parse_rule(name: str, text: str) -> rules.Rule:
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Options):
+    """rule: which directions are protected, see `parse_rule`; eta: weight of the projector against the identity;
+    normalize: "fro" divides the projector by its Frobenius norm, "none" does not."""
+
+    rule: str = "energy:0.95"
+    eta: float = 1.0
+    normalize: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rule("rule", self.rule)
+        require("eta", number(self.eta, 0.0, 1.0), "a number in [0, 1]", self.eta)
+        require("normalize", self.normalize in ("fro", "none"), "fro or none", self.normalize)
+
+    @property
+    def norm(self) -> Literal["fro"] | None:
+        """`normalize` as `null_space_projector` takes it."""
+        return None if self.normalize == "none" else "fro"
+
+
+def parse_rule(name: str, text: str, floor: float = 0.0) -> rules.Rule:
     """The rank rule written as `text`: "knee", "paper-knee", or with a number "energy:0.95", "rank:20", "ratio:0.01"
     (of the largest eigenvalue), "times:10" (of the smallest), "threshold:1e-3". Raises `ValueError`.
 
     "knee" cuts before a run of equal eigenvalues where `rules.Knee()` would raise: a run must not stop after hours of
-    training; elsewhere the two are the same. "knee-first" is another name of it."""
+    training; elsewhere the two are the same. "knee-first" is another name of it. `floor` is that of "times", see
+    `rules.RatioToSmallest`."""
     kind, _, number = text.partition(":")
     plain: dict[str, rules.Rule] = {
         "knee": rules.Knee(ties="first"),
@@ -45,7 +70,7 @@ def parse_rule(name: str, text: str) -> rules.Rule:
         "energy": rules.Energy,
         "rank": lambda value: rules.Rank(int(value)),
         "ratio": rules.RatioToLargest,
-        "times": rules.RatioToSmallest,
+        "times": lambda value: rules.RatioToSmallest(value, floor),
         "threshold": rules.Threshold,
     }
     if kind in plain and not number:

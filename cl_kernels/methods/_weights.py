@@ -12,7 +12,6 @@ from cl_kernels.methods._base import HeadMethod
 from cl_kernels.methods._features import FrozenFeatures
 from cl_kernels.methods._options import Options, require
 from cl_kernels.optim import ProjectedAdamW
-from cl_kernels.subspace import SubspaceStore
 
 __all__ = ["WeightMethod", "WeightOptions"]
 
@@ -66,16 +65,8 @@ class WeightMethod(HeadMethod):
     def _body(self) -> list[tuple[str, nn.Parameter]]:
         return self._weights
 
-    def _store(self) -> SubspaceStore | None:
-        """The subspaces that project this task's updates; None for plain AdamW."""
-        return None
-
-    def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        optimizer: ProjectedAdamW = ProjectedAdamW(groups, betas=self.options.betas, eps=self.options.eps)
-        store = self._store()
-        if store is not None:
-            optimizer.set_subspace(store)  # heads are not in it and train freely
-        return optimizer
+    def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return ProjectedAdamW(groups, betas=self.options.betas, eps=self.options.eps)
 
     @property
     def backbone(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,39 +9,30 @@ import torch
 from torch import nn
 
 from cl_kernels.methods._base import HeadMethod
-from cl_kernels.methods._options import Options, require
-from cl_kernels.methods._prompts import PromptMethod, PromptOptions
+from cl_kernels.methods._bodies import BodyOptions
+from cl_kernels.methods._options import Options
+from cl_kernels.methods._prompts import PromptMethod
 from cl_kernels.methods._task import Task
-from cl_kernels.methods._weights import WeightMethod, WeightOptions
+from cl_kernels.methods._weights import WeightMethod
 
 __all__ = ["JointOptions", "create_joint"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointOptions(PromptOptions):
-    """Options of `joint`.
+class JointOptions(BodyOptions):
+    """restart: start every task from the pre-trained model, so that the last row of the accuracy matrix is training on
+    all data at once; otherwise go on from the previous task."""
 
-    * base: "prompts", or "full" for all linear weights.
-    * restart: start every task from the pre-trained model, so that the last row of the accuracy matrix is training on
-      all data at once; otherwise go on from the previous task.
-    * targets: as `full`.
-    """
-
-    base: str = "prompts"
-    targets: str = "blocks"
     restart: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("base", self.base in ("prompts", "full"), "prompts or full", self.base)
 
 
 class _Joint(HeadMethod):
     """All classes seen compete in the loss, and all heads train."""
 
     name: ClassVar[str] = "joint"
+    options_type: ClassVar[type[Options]] = JointOptions
+    options: JointOptions
     scope = "seen"
-    restart = True
 
     def __init__(self, backbone: nn.Module, options: Options) -> None:
         super().__init__(backbone, options)
@@ -50,7 +40,7 @@ class _Joint(HeadMethod):
 
     @torch.no_grad()
     def _start(self, task: Task) -> None:
-        if not self.restart:
+        if not self.options.restart:
             return
         if not self._origin:
             self._origin = {name: parameter.detach().clone() for name, parameter in self._body()}
@@ -58,7 +48,7 @@ class _Joint(HeadMethod):
             parameter.copy_(self._origin[name])
 
     def _init_head(self, task: Task, new: bool) -> None:
-        if self.restart:
+        if self.options.restart:
             self._init_heads(range(len(self.heads.parts)), task.batches, task.index)
         else:
             super()._init_head(task, new)
@@ -73,22 +63,15 @@ class _Joint(HeadMethod):
 class JointPrompts(_Joint, PromptMethod):
     """Joint training of prompts."""
 
+    options: JointOptions
+
 
 class JointFull(_Joint, WeightMethod):
     """Joint training of all linear weights."""
 
+    options: JointOptions
+
 
 def create_joint(backbone: nn.Module, options: JointOptions) -> HeadMethod:
     """The joint method of the base that `options` names."""
-    values = copy.copy(vars(options))
-    base, restart = values.pop("base"), values.pop("restart")
-    method: _Joint
-    if base == "full":
-        for name in ("prompts", "depth", "placement"):
-            values.pop(name)
-        method = JointFull(backbone, WeightOptions(**values))
-    else:
-        values.pop("targets")
-        method = JointPrompts(backbone, PromptOptions(**values))
-    method.restart = restart
-    return method
+    return JointFull(backbone, options) if options.base == "full" else JointPrompts(backbone, options)

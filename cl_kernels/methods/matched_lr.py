@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from cl_kernels.methods._base import HeadMethod
-from cl_kernels.methods._options import Options, require
+from cl_kernels.methods._bodies import BodyOptions
+from cl_kernels.methods._options import Options, number, require
 from cl_kernels.methods._prompts import PromptMethod, PromptOptions
 from cl_kernels.methods._subspaces import matched
 from cl_kernels.methods._weights import WeightMethod, WeightOptions
@@ -20,7 +21,7 @@ __all__ = ["MatchedOptions", "create_matched"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchedOptions(PromptOptions):
+class MatchedOptions(BodyOptions):
     """Options of `matched-lr`.
 
     * base: "prompts" is the control of nsp2, "full" that of null-space.
@@ -28,12 +29,9 @@ class MatchedOptions(PromptOptions):
       projector that the projecting method would use there, measured task by task.
     * rule, rule_left, eta, eta_left, normalize, weighting, accumulation, sides: of the projecting method (None: its
       default).
-    * targets: as `full`.
     """
 
-    base: str = "prompts"
     scale: float | str = "auto"
-    targets: str = "blocks"
     rule: str | None = None
     rule_left: str | None = None
     eta: float | None = None
@@ -45,9 +43,8 @@ class MatchedOptions(PromptOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("base", self.base in ("prompts", "full"), "prompts or full", self.base)
-        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool) and 0 <= self.scale <= 1e3
-        require("scale", number or self.scale == "auto", "auto or a number in [0, 1000]", self.scale)
+        fits = self.scale == "auto" or number(self.scale, 0.0, 1e3)
+        require("scale", fits, "auto or a number in [0, 1000]", self.scale)
         self.projecting()
 
     def projecting(self) -> Options:
@@ -85,8 +82,8 @@ class GainMatchedPrompts(NSP2):
 
     name: ClassVar[str] = "matched-lr"
 
-    def _projectors(self) -> dict[str, Sides]:
-        return {name: matched(sides) for name, sides in super()._projectors().items()}
+    def _adjusted(self, sides: Sides) -> Sides:
+        return matched(sides)
 
     def _regulariser(self) -> Tensor | None:
         return None
@@ -97,8 +94,8 @@ class GainMatchedFull(NullSpace):
 
     name: ClassVar[str] = "matched-lr"
 
-    def _projectors(self) -> dict[str, Sides]:
-        return {name: matched(sides) for name, sides in super()._projectors().items()}
+    def _adjusted(self, sides: Sides) -> Sides:
+        return matched(sides)
 
 
 def create_matched(backbone: nn.Module, options: MatchedOptions) -> HeadMethod:

@@ -9,19 +9,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cl_kernels.methods._options import Options, require
-from cl_kernels.methods._prompts import PromptMethod, PromptOptions
-from cl_kernels.methods._subspaces import Report, check_rule, new_store, parse_rule, restored_store, side_report
+from cl_kernels.methods._memory import Accumulated, Cut, Memory
+from cl_kernels.methods._options import Options, number, require
+from cl_kernels.methods._projected import Collector, ProjectedPrompts
+from cl_kernels.methods._prompts import PromptOptions
+from cl_kernels.methods._refinement import GaussianReplay, RefineOptions
+from cl_kernels.methods._subspaces import CutOptions, check_rule, parse_rule
 from cl_kernels.methods._task import Batches, Task
-from cl_kernels.ops import Projector, Sides
-from cl_kernels.ops.null_space import null_space_projector
-from cl_kernels.subspace import CovarianceCollector, SubspaceStore
+from cl_kernels.subspace import CovarianceCollector
 
 __all__ = ["NSP2", "NSP2Options", "ln_drift_loss", "prompt_moments"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NSP2Options(PromptOptions):
+class NSP2Options(CutOptions, RefineOptions, PromptOptions):
     """Options of `nsp2`; the defaults of the projection are the official code's for 10-split CIFAR-100.
 
     * eta: weight of the normalised projector against the identity, both sides; eta_left: on the M x M side (None: eta).
@@ -31,6 +32,7 @@ class NSP2Options(PromptOptions):
     * accumulation: "sum" adds the statistics of the tasks, "mean" averages them by numbers of images (both official).
     * ln_weight: factor of the LayerNorm drift loss.
     * sides: "both", "left" or "right" alone.
+    * refine and refine_*: see `RefineOptions`; off by default, as in the official code for plain vision transformers.
     """
 
     eta: float = 0.97
@@ -45,30 +47,27 @@ class NSP2Options(PromptOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("eta", "eta_left", "ln_weight"):
-            value = getattr(self, name)
-            high = 1e6 if name == "ln_weight" else 1.0
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high
-            require(name, fits or (name == "eta_left" and value is None), f"a number in [0, {high:g}]", value)
-        require("normalize", self.normalize in ("fro", "none"), "fro or none", self.normalize)
+        fits = self.eta_left is None or number(self.eta_left, 0.0, 1.0)
+        require("eta_left", fits, "None or a number in [0, 1]", self.eta_left)
+        require("ln_weight", number(self.ln_weight, 0.0, 1e6), "a number in [0, 1e+06]", self.ln_weight)
         require("weighting", self.weighting in ("batches", "rows"), "batches or rows", self.weighting)
         require("accumulation", self.accumulation in ("sum", "mean"), "sum or mean", self.accumulation)
         require("sides", self.sides in ("both", "left", "right"), "both, left or right", self.sides)
-        check_rule("rule", self.rule)
         check_rule("rule_left", self.rule_left)
         left = self.rule if self.rule_left is None else self.rule_left
         if self.sides != "right" and self.prompts < 3 and "knee" in left:  # would fail after the first task
             raise ValueError(f"rule_left: {left} needs 3 prompts to have a bend, got {self.prompts}; try 'energy:0.95'")
 
 
-class NSP2(PromptMethod):
+class NSP2(ProjectedPrompts):
     """From task 2 on the prompts' Adam step u [M, D] becomes `B2 u B1`; heads are never projected.
 
     After each task but the last, one pass over its images adds to the sums `C1` (rows q_h W_k,h of the image queries)
     and `C2` (softmax columns of the prompts) of every prompted block; `B = eta U0 U0^T / ||U0 U0^T||_F + (1 - eta) I`
     with U0 the directions the rule leaves free (Eqs. 24-29). The loss adds the drift of the prompts' LayerNorm mean and
     std since the previous task, averaged over prompts as the official code does (Eq. 27 sums). State: L (D^2 + M^2)
-    numbers, whatever the number of tasks. Timeline: train, keep the prompts' moments, pass, projectors, evaluate.
+    numbers, whatever the number of tasks. Timeline: train, keep the prompts' moments, pass, projectors, refinement of
+    the heads if asked for, evaluate.
     """
 
     name: ClassVar[str] = "nsp2"
@@ -77,88 +76,53 @@ class NSP2(PromptMethod):
 
     def __init__(self, backbone: nn.Module, options: Options) -> None:
         super().__init__(backbone, options)
-        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
-        self.store: SubspaceStore | None = None
-        self._images = 0  # behind the statistics
+        self.replay = None if self.options.refine == "none" else GaussianReplay(self.options.refine_covariance)
         self._previous: tuple[Tensor, Tensor] | None = None
-        self._report: Report = {}
 
-    def _store(self) -> SubspaceStore | None:
-        return self.store
+    def _new_memory(self) -> Memory:
+        options = self.options
+        left = Cut(
+            parse_rule("rule_left", options.rule_left or options.rule),
+            options.eta if options.eta_left is None else options.eta_left,
+            options.norm,
+        )
+        right = Cut(parse_rule("rule", options.rule), options.eta, options.norm)
+        cuts = {side: cut for side, cut in (("left", left), ("right", right)) if options.sides in ("both", side)}
+        return Accumulated(cuts, "images" if options.accumulation == "mean" else "sum", self._folded)
+
+    def _folded(self, name: str, side: str, moment: Tensor) -> Tensor:
+        """A moment of one block, `left` [M, M] or `right` [D, D], as its projector sees it: unchanged here."""
+        return moment
+
+    def _collector(self) -> Collector:
+        return CovarianceCollector(self.model, what="prompt", weighting=self.options.weighting)
 
     def _regulariser(self) -> Tensor | None:
         if self._previous is None or self.options.ln_weight == 0:
             return None
         return self.options.ln_weight * ln_drift_loss([prompt for _, prompt in self._body()], *self._previous)
 
+    @torch.no_grad()
     def _finish(self, task: Task, loader: Batches) -> None:
         self._previous = prompt_moments([prompt.detach() for _, prompt in self._body()])
-        if not self.tasks[-1].last:
-            self._accumulate(loader)
-            self.store = new_store(self._projectors(), self._report)
-
-    @torch.no_grad()
-    def _accumulate(self, loader: Batches) -> None:
-        with CovarianceCollector(self.model, what="prompt", weighting=self.options.weighting) as collector:
-            seen = 0
-            for images, _ in loader:
-                self.model(images)
-                seen += len(images)
-        before, self._images = self._images, self._images + seen
-        mean = self.options.accumulation == "mean"
-        old_share, share = (before / self._images, seen / self._images) if mean else (1.0, 1.0)
-        for name, covariance in collector.covariances().items():
-            left, right = covariance.left.matrix, covariance.right.matrix
-            if name in self.statistics:
-                old_left, old_right = self.statistics[name]
-                left, right = share * left + old_share * old_left, share * right + old_share * old_right
-            self.statistics[name] = (left, right)
-
-    def _projectors(self) -> dict[str, Sides]:
-        """The pair of every prompted block, from the statistics as they are."""
-        self._report = {}
-        return {name: self._pair(name, *self._folded(name)) for name in self.statistics}
-
-    def _folded(self, name: str) -> tuple[Tensor, Tensor]:
-        """C2 [M, M] and C1 [D, D] of one block as the projectors see them: unchanged here."""
-        return self.statistics[name]
-
-    def _pair(self, name: str, left: Tensor, right: Tensor) -> Sides:
-        options, report = self.options, {}
-        made: dict[str, Projector | None] = {"left": None, "right": None}
-        for side, covariance in (("left", left), ("right", right)):
-            if options.sides not in ("both", side):
-                continue
-            rule = (options.rule_left or options.rule) if side == "left" else options.rule
-            eta = options.eta if side == "right" or options.eta_left is None else options.eta_left
-            normalize: Literal["fro"] | None = None if options.normalize == "none" else "fro"
-            projector = null_space_projector(covariance, parse_rule("rule", rule), mix=eta, normalize=normalize)
-            report[side] = side_report(projector, covariance)
-            made[side] = projector.to(self._like.dtype)
-        self._report[name] = report
-        return Sides(made["left"], made["right"])
-
-    def subspace(self) -> Report:
-        """Dimension, protected directions, RMS gain and protected energy by parameter and side."""
-        return self._report
+        super()._finish(task, loader)
+        if self.replay is not None:
+            self.replay.remember((self.features(images), labels) for images, labels in task.batches())
+            self.replay.refine(self.heads, self.options)
 
     def _state(self) -> dict[str, Any]:
         return {
-            "statistics": {name: list(pair) for name, pair in self.statistics.items()},
-            "images": self._images,
-            "store": None if self.store is None else self.store.state_dict(),
+            **super()._state(),
             "previous": None if self._previous is None else list(self._previous),
-            "report": self._report,
+            "replay": None if self.replay is None else self.replay.state(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        moved = {name: [tensor.to(self.device) for tensor in pair] for name, pair in state["statistics"].items()}
-        self.statistics = {name: (pair[0], pair[1]) for name, pair in moved.items()}
-        self._images = state["images"]
-        self.store = restored_store(state["store"], self.device)
+        super()._load_state(state)
         previous = state["previous"]
         self._previous = None if previous is None else (previous[0].to(self.device), previous[1].to(self.device))
-        self._report = state["report"]
+        if self.replay is not None:
+            self.replay.load(state["replay"], self.device)
 
 
 def prompt_moments(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:

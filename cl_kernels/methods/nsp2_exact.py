@@ -60,15 +60,14 @@ class NSP2Exact(NSP2):
         self._stacked: tuple[Projector, Projector] | None = None
 
     @torch.no_grad()
-    def _folded(self, name: str) -> tuple[Tensor, Tensor]:
-        left, right = self.statistics[name]
+    def _folded(self, name: str, side: str, moment: Tensor) -> Tensor:
         block = int(name.rpartition(".")[2])
-        if self.options.fold_gain:
+        if side == "right" and self.options.fold_gain:
             gain, centring = self.model.norm1(block)[0], self.model.norm1_centres(block)
-            right = fold_gain_and_centring(right, gain, centring=centring)
-        if self.options.fold_sigma:
-            left = fold_sigma(left, self.model.layernorm_sigma(block))
-        return left, right
+            return fold_gain_and_centring(moment, gain, centring=centring)
+        if side == "left" and self.options.fold_sigma:
+            return fold_sigma(moment, self.model.layernorm_sigma(block))
+        return moment
 
     def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         optimizer = super()._build_optimizer(groups)

@@ -134,18 +134,21 @@ class RatioToSmallest:
     """Adam-NSCL: leave free what is at most `ratio` times the smallest eigenvalue (10 or 30 in its scripts).
 
     The smallest eigenvalue of a rank-deficient matrix is rounding noise, so it counts as at least eps n lambda_max,
-    with eps of the dtype that the eigenvalues come in.
+    with eps of the dtype that the eigenvalues come in, and as at least `floor` lambda_max. The rows behind a second
+    moment summed in float64 may be rounded more than it is: activations in float32 leave noise near 1e-12 lambda_max.
     """
 
     ratio: float
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         _checks.number("ratio", self.ratio, 0.0)
+        _checks.number("floor", self.floor, 0.0, 1.0)
 
     def protected(self, eigenvalues: Tensor) -> int:
         curve = _curve(eigenvalues)
-        floor = torch.finfo(eigenvalues.dtype).eps * curve.numel() * float(curve[0])
-        return _above(curve, self.ratio * max(float(curve[-1]), floor))
+        floor = max(self.floor, torch.finfo(eigenvalues.dtype).eps * curve.numel())
+        return _above(curve, self.ratio * max(float(curve[-1]), floor * float(curve[0])))
 
 
 @dataclass(frozen=True)
