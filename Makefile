@@ -10,9 +10,10 @@ demo:  ## set up .venv, then run the methods on embedded real images, print the 
 	$(PYTHON) scripts/setup_env.py demo
 	$(VENV) examples/demo.py --seeds $(SEEDS)
 
-test:  ## set up .venv with the test tools, then run the whole suite
+test:  ## set up .venv with the test tools, then run the whole suite, and Triton kernels in their interpreter
 	$(PYTHON) scripts/setup_env.py test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV) -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations=10
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV) -m pytest -q -m interpret --durations=5 $(sort $(wildcard tests/test_*triton*.py))
 
 lint:  ## formatting, linting and types, with the versions of the dev extra
 	$(PYTHON) scripts/setup_env.py lint

@@ -27,7 +27,8 @@ BELOW: dict[str, set[str]] = {
     "continual": {"ops", "subspace", "optim", "nn", "methods", "data"},
     "cli": {"ops", "subspace", "optim", "nn", "methods", "data", "continual"},
 }
-OPS_SHARED = {"_registry", "_native", "_checks", "_tuning", "_projector", "rules"}
+OPS_SHARED = {"_registry", "_native", "_checks", "_tuning", "_triton", "_projector", "rules"}
+TRITON_FILES = {"kernels.py", "_triton.py"}  # loaded when a kernel is first asked for
 HARD_DEPENDENCIES = {"torch", "numpy", "safetensors"}
 EXTRAS = {
     "timm",
@@ -160,14 +161,14 @@ def test_only_hard_dependencies_at_import_time() -> None:
         for node, name in imports(path, tree):
             top = name[0]
             known = top in sys.stdlib_module_names or top in HARD_DEPENDENCIES or top == "cl_kernels"
-            triton_file = top == "triton" and path.name == "kernels.py"  # loaded when a kernel is first asked for
+            triton_file = top == "triton" and path.name in TRITON_FILES
             if id(node) in eager and not known and not triton_file:
                 bad.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {top}")
     assert bad == []
 
 
 def test_importing_everything_loads_no_extra() -> None:
-    names = [".".join(module_of(p)) for p in FILES if p.name not in ("kernels.py", "__main__.py")]
+    names = [".".join(module_of(p)) for p in FILES if p.name not in {*TRITON_FILES, "__main__.py"}]
     code = f"""
 import importlib, sys
 import torch
