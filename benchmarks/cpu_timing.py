@@ -51,7 +51,7 @@ def times(
     *,
     memory: bool,
     slice_s: float = 0.05,
-    budget_s: float = 60.0,
+    budget_s: float = 30.0,
 ) -> dict[str, dict[str, Any]]:
     """Minimum and median CPU time, minimum wall time, peak extra memory; 3 rounds where they are long."""
     quickest = {name: best(call, 1) for name, call in variants.items()}
