@@ -62,7 +62,7 @@ def _scaled(index: int, d: int) -> int:
 
 
 def threshold(values: Tensor, cut: int) -> float:
-    """Protects the first `cut` eigenvalues: half-way to the next one in log(lambda), a hundredth of the last if it is 0."""
+    """Protects the first `cut` eigenvalues: half-way to the next in log(lambda), a hundredth of it if that is 0."""
     last, first_free = float(values[cut - 1]), float(values[cut])
     return (last * first_free) ** 0.5 if first_free > 0 else last / 100
 

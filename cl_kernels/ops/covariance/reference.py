@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cl_kernels.ops._precision import float32_products_are_exact
 from cl_kernels.ops.covariance.state import add_count_, refuse_shared_memory, scale_
 
 __all__ = ["expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
@@ -95,17 +96,9 @@ def _update_(
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """float32 for rows of at most 32 bits, unless torch may shorten float32 products to TF32 or bfloat16."""
-    if x.dtype == torch.float64 or not _float32_products_are_exact(x.device):
+    if x.dtype == torch.float64 or not float32_products_are_exact(x.device):
         return torch.float64
     return torch.float32
-
-
-def _float32_products_are_exact(device: torch.device) -> bool:
-    try:
-        allowed = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        return not allowed and torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set through the newer fp32_precision names, which refuse to be read through the older ones
-        return False
 
 
 def _mirror_(cov: Tensor) -> None:
