@@ -89,6 +89,15 @@ def test_kill_9_at_ten_random_moments(method: str, seed: int, server: Server, tm
     survive(server, tmp_path, 10, seed, method=method, checkpoint_steps=1, epochs=4)
 
 
+REFINED = {"refine": "gaussian", "refine_epochs": 2}
+
+
+@pytest.mark.parametrize(("method", "options"), [("gpm", {}), ("adam-nscl", {"base": "prompts"}), ("nsp2", REFINED)])
+def test_kill_9_with_every_kind_of_memory(method: str, options: dict[str, Any], server: Server, tmp_path: Path) -> None:
+    """Bases that grow, an average of moments, and Gaussians of features."""
+    survive(server, tmp_path, 3, 4, method=method, checkpoint_steps=1, epochs=3, options=options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["nsp2-exact", "matched-lr", "joint", "linear"])
 def test_kill_9_of_the_other_methods(method: str, server: Server, tmp_path: Path) -> None:
