@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl_kernels.errors import SubspaceMismatchError
-from cl_kernels.optim import _names, _subspace
+from cl_kernels.optim import _names, _shards, _subspace
 from cl_kernels.optim._subspace import Prepared, Store
 
 __all__ = ["ProjectedOptimizer"]
@@ -71,11 +71,15 @@ class ProjectedOptimizer(Optimizer):
     @torch.no_grad()
     def violations(self) -> dict[str, float]:
         """By name, the share ||V^T dW|| / ||dW|| of each projected parameter's movement that lies in the suppressed
-        directions, since the last `set_subspace` (or the load of a checkpoint). Near 0 where P removes them."""
+        directions, since the last `set_subspace` (or the load of a checkpoint). Near 0 where P removes them. Sharded
+        parameters are gathered one by one: every process must call it then."""
         if self._store is None:
             return {}
         return {
-            self._names[p]: _subspace.leak(p.double() - start.double(), self._store.sides(self._names[p]))
+            self._names[p]: _subspace.leak(
+                _shards.whole(p).double() - _shards.whole(start).to(p.device).double(),
+                self._store.sides(self._names[p]),
+            )
             for p, start in self._start.items()
         }
 
@@ -98,16 +102,8 @@ class ProjectedOptimizer(Optimizer):
             found = self._ready[parameter]
         except KeyError:
             found = self._ready[parameter] = self._look_up(store, parameter)
-        if found is not None:
-            matrix = found[0][0] if found[1][0] is None else found[1][0]
-            if matrix is not None and (
-                matrix.device != parameter.device
-                or (
-                    matrix.dtype != parameter.dtype
-                    and matrix.dtype != torch.promote_types(parameter.dtype, torch.float32)
-                )
-            ):  # the model was moved or converted
-                found = self._ready[parameter] = self._look_up(store, parameter)
+        if found is not None and _subspace.outdated(found, parameter):
+            found = self._ready[parameter] = self._look_up(store, parameter)
         return found
 
     def _look_up(self, store: Store, parameter: Tensor) -> Prepared | None:
@@ -117,6 +113,7 @@ class ProjectedOptimizer(Optimizer):
             raise SubspaceMismatchError(
                 f"a parameter of shape {tuple(parameter.shape)} has no name, but the subspace is kept by name: pass "
                 "`model.named_parameters()` to the optimizer, or call `bind(model)` after editing its groups"
+                + (f". If an engine put it there: {_shards.FLATTENED}" if parameter.ndim == 1 else "")
             )
         return _subspace.prepare(name, parameter, store.sides(name)) if name in keys and name is not None else None
 
@@ -126,8 +123,11 @@ class ProjectedOptimizer(Optimizer):
         if store is not None:
             keys = set(store.keys())
             present = list(_names.grouped(self.param_groups))
+            if keys and (why := _shards.flattened(self._names.values(), None, None, None)):
+                raise SubspaceMismatchError(f"parameters named as in {next(iter(self._names.values()))}: {why}")
             ready = {p: self._look_up(store, p) for p in present}
             covered = {p for p in present if self._names.get(p) in keys}
+            _subspace.shared_memory({self._names[p]: p for p in covered})
             if strict:
                 _all_known(keys - set(self._names.values()), "the subspace names unknown parameters")
                 lost = {self._names[p] for p in self._start if p in set(present)} - keys
@@ -201,15 +201,28 @@ class ProjectedOptimizer(Optimizer):
         elif strict and prints:
             self._same_subspace(prints)
         before = (self._store, self._strict, self._ready, self._start, self._seen)
+        loaded = (self.state, self.param_groups)
         if store is not None:
             self.set_subspace(store, strict=strict)
         try:
             super().load_state_dict(state_dict)
+            self._check_state()
         except Exception:
             self._store, self._strict, self._ready, self._start, self._seen = before
+            self.state, self.param_groups = loaded
             raise
         if self._store is not None:
             self._adopt(self._store, self._strict, restart=True)
+
+    def _check_state(self) -> None:
+        """Raise `ValueError` for moments of another shape than their parameter's: torch finds that in the next step."""
+        for parameter, state in self.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
+                    name = self._names.get(parameter, "a parameter")
+                    raise ValueError(
+                        f"{name} has shape {tuple(parameter.shape)}, but its {key} in the state {tuple(value.shape)}"
+                    )
 
     def _same_subspace(self, saved: dict[str, str]) -> None:
         store = self._store

@@ -1,24 +1,51 @@
-"""The search for NaN and infinity before a step."""
+"""What is checked before the first write of a step: NaN and infinity, and that memory is as the kernels take it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["found_nonfinite"]
+from cl_kernels.optim import _shards
+
+__all__ = ["check_memory", "found_nonfinite"]
+
+
+def check_memory(name: str, parameter: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Raise unless gradient and moments lie as their parameter does: kernels that get addresses cannot tell.
+
+    `ValueError` for another shape, `RuntimeError` for another device.
+    """
+    shape, device = parameter.shape, parameter.device
+    for tensor in tensors:
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}: the parameter has shape {tuple(shape)}, its gradient or moment {tuple(tensor.shape)}; after "
+                "a parameter was resized call `bind(model)`, or delete its state"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{name}: the parameter is on {device}, its gradient or moment on {tensor.device}; move the model "
+                "before the optimizer is made, or load its state again"
+            )
 
 
 def found_nonfinite(
     grads: list[Tensor | None], found: Tensor | None, skipped: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(1.0 if any gradient holds NaN or infinity else 0.0, the count of such steps), without a word to the host."""
-    present = [grad for grad in grads if grad is not None and grad.numel()]
-    if not present:
+    """(1.0 if any gradient holds NaN or infinity else 0.0, the count of such steps), without a word to the host.
+
+    Where gradients are sharded, all processes agree.
+    """
+    given = [grad for grad in grads if grad is not None]
+    if not given:
         return found, skipped
-    device = present[0].device
+    device = given[0].device
+    present = [grad for grad in _shards.all_local(given) if grad.numel()] or [torch.zeros(1, device=device)]
     norms = torch._foreach_norm(present, float("inf"))
     total = torch.stack([norm.float().to(device) for norm in norms])
-    bad = (~torch.isfinite(total).all()).float()
+    bad = _shards.agree((~torch.isfinite(total).all()).float(), given)
     if found is not None:
         bad = torch.maximum(bad, found.to(device))
     return bad, bad if skipped is None else skipped.to(device) + bad

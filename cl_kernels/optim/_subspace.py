@@ -11,9 +11,10 @@ from torch import Tensor
 from cl_kernels.errors import SubspaceError, SubspaceMismatchError
 from cl_kernels.ops._projector import Projector, Sides
 from cl_kernels.ops.projection import BASIS, DENSE, NONE, Side, matrix_shape, side_of
+from cl_kernels.optim import _shards
 from cl_kernels.subspace import SubspaceStore
 
-__all__ = ["Prepared", "Store", "as_store", "embedded", "leak", "prepare", "tensors_of"]
+__all__ = ["Prepared", "Store", "as_store", "embedded", "leak", "outdated", "prepare", "shared_memory", "tensors_of"]
 
 Prepared = tuple[Side, Side]
 _ORTHONORMAL = 1e-5  # largest entry of V^T V - I; float32 solvers reach 1e-6, half of that is rounding of V itself
@@ -44,18 +45,52 @@ def as_store(value: Any) -> Store | None:
 def prepare(name: str, parameter: Tensor, sides: Sides) -> Prepared | None:
     """The projectors of `parameter` in the form, dtype and layout of the step; None where both sides do nothing.
 
-    Raises `SubspaceMismatchError` for sizes, `RuntimeError` for devices, `SubspaceError` for a basis that is not
-    orthonormal.
+    Raises `SubspaceMismatchError` for sizes and for shards that the projectors mix, `RuntimeError` for devices,
+    `SubspaceError` for a basis that is not orthonormal.
     """
     if parameter.is_complex():
         raise RuntimeError(f"{name}: complex parameters cannot be projected")
     sizes = [None if side is None else side.dim for side in sides]
     if matrix_shape(parameter.shape, *sizes) is None:
+        why = _shards.flattened((), parameter, *sizes)
         raise SubspaceMismatchError(
             f"{name}: projectors of sizes {sizes[0]} (left) and {sizes[1]} (right) do not fit {tuple(parameter.shape)}"
+            + (f". {why}" if why else "")
         )
+    _shards.check_placements(name, parameter, *sizes)
     left, right = (_ready(name, parameter, side) for side in sides)
     return None if left[1] == right[1] == NONE else (left, right)
+
+
+def outdated(prepared: Prepared, parameter: Tensor) -> bool:
+    """Whether the model was moved, converted or resized since `prepare`: then it has to be called again."""
+    left, right = prepared[0][0], prepared[1][0]
+    matrix = right if left is None else left
+    if matrix is None:
+        return False
+    return (
+        matrix.device != parameter.device
+        or (matrix.dtype != parameter.dtype and matrix.dtype != torch.promote_types(parameter.dtype, torch.float32))
+        or matrix_shape(
+            parameter.shape, None if left is None else left.shape[-2], None if right is None else right.shape[-2]
+        )
+        is None
+    )
+
+
+def shared_memory(named: Mapping[str, Tensor]) -> None:
+    """Raise `SubspaceMismatchError` where two parameters start at the same place in memory: each would be stepped."""
+    first: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in named.items():
+        here = _shards.local(parameter)
+        if here.device.type == "meta" or not here.numel():
+            continue
+        other = first.setdefault((here.device, here.data_ptr()), name)
+        if other != name:
+            raise SubspaceMismatchError(
+                f"{other} and {name} share their memory: give the optimizer one of them, or tie the parameters "
+                "themselves (`b.weight = a.weight`)"
+            )
 
 
 def _ready(name: str, parameter: Tensor, projector: Projector | None) -> Side:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from cl_kernels.ops.projection import step_
-from cl_kernels.optim import _gradients
+from cl_kernels.optim import _gradients, _shards
 from cl_kernels.optim._base import ProjectedOptimizer
 from cl_kernels.optim._subspace import Prepared
 
@@ -106,11 +106,16 @@ class ProjectedAdam(ProjectedOptimizer):
             )
             if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
                 return loss
-        for group, free, bound, sides in plans:
+        calls = [  # makes and checks all states before anything is written
+            (group, self._bound_lists(group, bound, found_inf is not None), sides)
+            for group, _, bound, sides in plans
+            if bound
+        ]
+        for group, free, _, _ in plans:
             if free:
                 self._free(group, free, scale, found_inf)
-            if bound:
-                self._bound(group, bound, sides, scale, found_inf)
+        for group, lists, sides in calls:
+            self._bound(group, lists, sides, scale, found_inf)
         return loss
 
     def _sorted(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Prepared]]:
@@ -122,7 +127,7 @@ class ProjectedAdam(ProjectedOptimizer):
             grad = p.grad
             if grad is None:
                 continue
-            if grad.is_sparse:
+            if grad.layout is not torch.strided:
                 raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
             prepared = self._prepared(p)
             if prepared is None:
@@ -182,21 +187,32 @@ class ProjectedAdam(ProjectedOptimizer):
             eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
 
+    def _bound_lists(self, group: dict[str, Any], params: list[Tensor], on_device: bool) -> tuple[list[Tensor], ...]:
+        """As `_lists`, with the parameters in front, checked, and all as the kernels take them: local shards."""
+        grads, first, second, largest, steps = self._lists(group, params, on_device)
+        for i, p in enumerate(params):
+            _gradients.check_memory(self._names.get(p, ""), p, (grads[i], first[i], second[i], *largest[i : i + 1]))
+        lists = (params, grads, first, second, largest, steps)
+        if any(map(_shards.is_sharded, params)):
+            return tuple(map(_shards.all_local, lists))
+        return lists
+
     def _bound(
         self,
         group: dict[str, Any],
-        params: list[Tensor],
+        lists: tuple[list[Tensor], ...],
         sides: list[Prepared],
         scale: Tensor | None,
         found: Tensor | None,
     ) -> None:
         beta1, beta2 = group["betas"]
-        grads, first, second, largest, steps = self._lists(group, params, found is not None)
+        params, grads, first, second, largest, steps = lists
         step_(
             params, grads, first, second, steps, sides,
-            lr=group["lr"], max_exp_avg_sqs=largest, beta1=float(beta1), beta2=float(beta2), eps=group["eps"],
-            weight_decay=group["weight_decay"], decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"], grad_scale=scale, found_inf=found, project_decay=group["project_decay"],
+            lr=_shards.local(group["lr"]), max_exp_avg_sqs=largest, beta1=float(beta1), beta2=float(beta2),
+            eps=group["eps"], weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"], maximize=group["maximize"],
+            grad_scale=_shards.local(scale), found_inf=_shards.local(found), project_decay=group["project_decay"],
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from cl_kernels.ops.projection import Side, project_sides
-from cl_kernels.optim import _gradients
+from cl_kernels.optim import _gradients, _shards
 from cl_kernels.optim._base import ProjectedOptimizer
 
 __all__ = ["ProjectedSGD"]
@@ -78,8 +78,8 @@ class ProjectedSGD(ProjectedOptimizer):
             present = [p for p in group["params"] if p.grad is not None]
             prepared = [(p, self._prepared(p)) for p in present]
             for p, sides in prepared:
-                if sides is not None and p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError("ProjectedSGD does not support sparse gradients of projected parameters")
+                if sides is not None:
+                    self._check(p)
             plans.append((group, prepared))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._nonfinite == "skip":
@@ -91,10 +91,19 @@ class ProjectedSGD(ProjectedOptimizer):
             free = [p for p, sides in prepared if sides is None]
             if free:
                 self._free(group, free, scale, found_inf)
+        for group, prepared in plans:
             for p, sides in prepared:
                 if sides is not None:
                     self._bound(group, p, sides, scale, found_inf)
         return loss
+
+    def _check(self, p: Tensor) -> None:
+        """Raise, before anything is written, where a projected parameter cannot be stepped."""
+        grad: Tensor = p.grad  # type: ignore[assignment]  # those without gradient are left out
+        if grad.layout is not torch.strided:
+            raise RuntimeError("ProjectedSGD does not support sparse gradients of projected parameters")
+        buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+        _gradients.check_memory(self._names.get(p, ""), p, (grad,) if buffer is None else (grad, buffer))
 
     def _free(self, group: dict[str, Any], params: list[Tensor], scale: Tensor | None, found: Tensor | None) -> None:
         momentum = group["momentum"]
@@ -116,22 +125,23 @@ class ProjectedSGD(ProjectedOptimizer):
         self, group: dict[str, Any], p: Tensor, sides: tuple[Side, Side], scale: Tensor | None, found: Tensor | None
     ) -> None:
         momentum, state = group["momentum"], self.state[p]
-        direction: Tensor = p.grad  # type: ignore[assignment]  # those without gradient are left out
+        buffer = state.get("momentum_buffer")
+        first = buffer is None
+        if momentum and first:
+            buffer = state["momentum_buffer"] = torch.zeros_like(p)
+        weight, direction, buffer = _shards.local(p), _shards.local(p.grad), _shards.local(buffer)
+        found = None if found is None else _shards.local(found).to(weight.device)
         if scale is not None:
-            direction = direction / scale
+            direction = direction / _shards.local(scale)
         if group["maximize"]:
             direction = -direction
         if group["weight_decay"]:
-            direction = direction.add(p, alpha=group["weight_decay"])
+            direction = direction.add(weight, alpha=group["weight_decay"])
         writes: list[tuple[Tensor, Tensor]] = []
         if momentum:
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                buffer, new = state.setdefault("momentum_buffer", torch.zeros_like(p)), direction
-            else:
-                new = buffer * momentum + direction * (1 - group["dampening"])
+            new = direction if first else buffer * momentum + direction * (1 - group["dampening"])
             writes.append((buffer, new))
             direction = direction + momentum * new if group["nesterov"] else new
-        writes.append((p, p - group["lr"] * project_sides(direction, sides)))
+        writes.append((weight, weight - _shards.local(group["lr"]) * project_sides(direction, sides)))
         for target, value in writes:
-            target.copy_(value if found is None else torch.where(found.to(p.device) != 0, target, value))
+            target.copy_(value if found is None else torch.where(found != 0, target, value))
