@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cl_kernels import NonFiniteError, SubspaceMismatchError
-from cl_kernels.subspace import CovarianceCollector, _layers
+from cl_kernels.subspace import CovarianceCollector, _rows
 
 
 class Net(nn.Module):
@@ -122,6 +122,9 @@ CONVOLUTIONS = {
     "no batch": (nn.Conv2d(3, 4, 3), (3, 8, 7)),
     "1d": (nn.Conv1d(3, 4, 5, padding=2, stride=2), (2, 3, 11)),
     "1d same": (nn.Conv1d(4, 6, 4, padding="same", groups=2), (2, 4, 11)),
+    "3d": (nn.Conv3d(2, 3, (2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1), dilation=(1, 1, 2)), (2, 2, 5, 6, 5)),
+    "3d circular groups": (nn.Conv3d(4, 6, 2, padding=1, padding_mode="circular", groups=2), (1, 4, 3, 4, 3)),
+    "channels last": (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 6, 6)),
 }
 
 
@@ -134,8 +137,10 @@ def test_convolution_inputs_are_unfolded(
     """The quadratic form of the moments is the energy of the convolution's output, for any weight."""
     module, shape = layer[0].double(), layer[1]
     if pieces:
-        monkeypatch.setattr(_layers, "UNFOLD_BYTES", 1)
+        monkeypatch.setattr(_rows, "WORKSPACE_BYTES", 1)
     x = data(*shape).double()
+    if module is CONVOLUTIONS["channels last"][0]:
+        x = x.to(memory_format=torch.channels_last)
     with CovarianceCollector(module, "conv", weighting=weighting) as collector:
         out = module(x)
     found = collector.covariances()["weight"]
@@ -247,11 +252,11 @@ def test_targets() -> None:
         "all": ["a.first.weight", "a.second.weight", "b.first.weight", "b.second.weight", "c.weight"],
     }
     for targets, expected in names.items():
-        assert list(CovarianceCollector(model, targets)._plans) == expected
-    assert list(CovarianceCollector(model, ["*.second"])._plans) == ["a.second.weight", "b.second.weight"]
-    assert list(CovarianceCollector(model, ["b.first.weight", "c"])._plans) == ["b.first.weight", "c.weight"]
+        assert list(CovarianceCollector(model, targets)._tally.plans) == expected
+    assert list(CovarianceCollector(model, ["*.second"])._tally.plans) == ["a.second.weight", "b.second.weight"]
+    assert list(CovarianceCollector(model, ["b.first.weight", "c"])._tally.plans) == ["b.first.weight", "c.weight"]
     chosen = CovarianceCollector(model, lambda name, module: isinstance(module, nn.Linear) and module.out_features == 3)
-    assert list(chosen._plans) == ["a.second.weight", "b.second.weight"]
+    assert list(chosen._tally.plans) == ["a.second.weight", "b.second.weight"]
     with pytest.raises(SubspaceMismatchError, match=r"'a\.frist'.*a\.first"):
         CovarianceCollector(model, ["a.frist"])
     with pytest.raises(SubspaceMismatchError, match="norm"):
@@ -400,14 +405,13 @@ def test_a_hook_that_fails_to_attach_leaves_none(monkeypatch: pytest.MonkeyPatch
 
 def test_wrappers_that_hooks_cannot_see_through_are_refused() -> None:
     """F28."""
-    with pytest.raises(ValueError, match="DataParallel"):
+    with pytest.raises(ValueError, match="it is DataParallel"):
         CovarianceCollector(nn.DataParallel(Net()))
-    with pytest.raises(ValueError, match=r"it is compiled.*_orig_mod"):
-        CovarianceCollector(torch.compile(Net(), backend="eager"))
-    model = Net()
-    model.first.compile(backend="eager")
-    with pytest.raises(ValueError, match="'first' is compiled"):
-        CovarianceCollector(model)
+    with pytest.raises(ValueError, match="'0' is DataParallel"):
+        CovarianceCollector(nn.Sequential(nn.DataParallel(Net())))
+    flattened = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    with pytest.raises(ValueError, match=r"fully_shard \(FSDP2\)"):
+        CovarianceCollector(flattened(Net()))
 
 
 def test_training_mode_with_dropout_warns() -> None:
@@ -423,7 +427,13 @@ def test_training_mode_with_dropout_warns() -> None:
         with CovarianceCollector(Net()), CovarianceCollector(Net(dropout=0.5).eval()):
             pass
     assert [module.training for module in model.modules()] == [True, True, False, True, True]
-    with pytest.warns(UserWarning, match="training mode"), CovarianceCollector(nn.Sequential(nn.BatchNorm1d(3))):
+    normed = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match=r"training mode \(0\)"), CovarianceCollector(normed):
+        pass
+    with (
+        pytest.warns(UserWarning, match="training mode"),
+        CovarianceCollector(nn.MultiheadAttention(4, 2, dropout=0.1)),
+    ):
         pass
 
 

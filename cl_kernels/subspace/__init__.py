@@ -1,6 +1,6 @@
 """What a model remembers: second moments of what its layers see, and the projectors made from them."""
 
-from cl_kernels.subspace._moments import Covariance, PromptCovariance
+from cl_kernels.subspace._covariance import Covariance, PromptCovariance
 from cl_kernels.subspace.build import build_store
 from cl_kernels.subspace.collector import CovarianceCollector
 from cl_kernels.subspace.layernorm import fold_gain_and_centring, fold_sigma, sphere_update, tangent_update

@@ -1,9 +1,8 @@
-"""Running second moments of one layer, and what is read from them."""
+"""Running second moments of one layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,45 +10,12 @@ from torch import Tensor
 
 from cl_kernels import ops
 from cl_kernels.errors import NonFiniteError, SubspaceMismatchError
+from cl_kernels.subspace._covariance import Covariance, Quartic
+from cl_kernels.subspace._rows import parts
 
-__all__ = ["Covariance", "Moments", "PromptCovariance", "Sums", "unguarded"]
+__all__ = ["Moments", "Sums", "unguarded"]
 
-
-@dataclass(frozen=True, eq=False)
-class Covariance:
-    """Sum of x x^T over rows: `matrix` [d, d], `count` of rows, `mean` [d] of x.
-
-    `matrix` is a sum, so that tasks accumulate by addition; ``matrix / count`` is the second moment of a row. With
-    weighting "batches" it is a sum of per-batch means and `count` is the number of batches. With `centred` collection
-    it is the sum of (x - mean)(x - mean)^T. `rows` is the number of rows whatever the weighting, 0 if unknown.
-    """
-
-    matrix: Tensor
-    count: float
-    mean: Tensor
-    rows: int = 0
-
-    def merge(self, other: Covariance) -> Covariance:
-        """Both together. Raises `SubspaceMismatchError` for another dimension."""
-        if self.matrix.shape != other.matrix.shape:
-            raise SubspaceMismatchError(
-                f"other: expected a matrix of shape {tuple(self.matrix.shape)}, got {tuple(other.matrix.shape)}"
-            )
-        count = self.count + other.count
-        mean = (self.count * self.mean + other.count * other.mean) / count if count else self.mean
-        return Covariance(self.matrix + other.matrix, count, mean, self.rows + other.rows)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptCovariance:
-    """What one prompted block protects: `left` [M, M] of the softmax mass, `right` [D, D] of queries x key weight."""
-
-    left: Covariance
-    right: Covariance
-
-    def merge(self, other: PromptCovariance) -> PromptCovariance:
-        """Both together, side by side."""
-        return PromptCovariance(self.left.merge(other.left), self.right.merge(other.right))
+QUARTIC_BYTES = 4 << 20  # rows that are widened to fp64 at a time
 
 
 class Sums(NamedTuple):
@@ -61,6 +27,7 @@ class Sums(NamedTuple):
     rows: int
     updates: int
     first_bad: int | None
+    quartic: Tensor | None = None  # sum |x|^4, then sum |x|^2 x, in fp64
 
     def checked(self, name: str) -> Sums:
         """Raise `NonFiniteError` naming the layer and the batch, `SubspaceMismatchError` if not symmetric."""
@@ -79,30 +46,37 @@ class Sums(NamedTuple):
     def covariance(self, centred: bool = False) -> Covariance:
         """What the sums say of [n, n] rows."""
         mean = self.total / self.weight if self.weight else self.total.clone()
-        matrix = self.matrix
-        if centred and self.weight:
-            matrix = matrix - self.weight * torch.outer(mean, mean)
-            matrix = (matrix + matrix.mT) / 2
-        return Covariance(matrix, self.weight, mean, self.rows)
+        quartic = None if self.quartic is None else Quartic(float(self.quartic[0]), self.quartic[1:])
+        if not centred:
+            return Covariance(self.matrix, self.weight, mean, self.rows, False, quartic)
+        matrix = torch.outer(mean, -self.weight * mean).add_(self.matrix)
+        matrix.add_(matrix.mT.clone()).div_(2)
+        return Covariance(matrix, self.weight, mean, self.rows, True, quartic)
 
 
 class Moments:
     """Sum of x x^T and of x for rows [..., d], or head by head: [H, dh, dh] and [H, dh] from q [B, H, N, dh].
 
     Counts live on the host and are known from shapes, and which batch was the first bad one is decided on the device,
-    so an update waits for nothing. Rows on another device are summed there first: d x d numbers travel, not the rows.
+    so an update waits for nothing. Rows on another device are summed there first: d x d numbers travel, not the rows,
+    and that device waits for them.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, quartic: bool = False) -> None:
         self.matrix = torch.zeros((*shape, shape[-1]), dtype=dtype, device=device)
         self.total = torch.zeros(shape, dtype=dtype, device=device)
+        self.quartic = torch.zeros(1 + shape[-1], dtype=torch.float64, device=device) if quartic else None
         self.good = torch.zeros((), dtype=torch.int64, device=device)
         self.count = 0.0
         self.rows = 0
         self.updates = 0
+        self._lent = False
 
     def update(self, pieces: Iterable[Tensor], count: int, weighting: str) -> None:
         """Add one batch of `count` rows that comes in `pieces`."""
+        if self._lent:
+            self.matrix, self.total, self._lent = self.matrix.clone(), self.total.clone(), False
+            self.quartic = None if self.quartic is None else self.quartic.clone()
         alpha = 1.0 / count if weighting == "batches" else 1.0
         for piece in pieces:
             self._add(piece, alpha)
@@ -123,12 +97,19 @@ class Moments:
         if x.device != self.matrix.device:
             self.matrix.add_(matrix.to(self.matrix.device))
             self.total.add_(total.to(self.total.device))
+        if self.quartic is not None:
+            for part in parts(x, QUARTIC_BYTES):
+                wide = part.reshape(-1, part.shape[-1]).double()
+                power = wide.square().sum(-1)
+                self.quartic[0].add_((power @ power).to(self.quartic.device))
+                self.quartic[1:].add_((power @ wide).to(self.quartic.device))
 
     def sums(self) -> tuple[Sums, ...]:
-        """A copy of the sums; waits for the device."""
+        """The sums as they stand, lent and not copied: the next update works on a copy. Waits for the device."""
         good = int(self.good)
         bad = None if good == self.updates else good
-        return (Sums(self.matrix.clone(), self.total.clone(), self.count, self.rows, self.updates, bad),)
+        self._lent = True
+        return (Sums(self.matrix, self.total, self.count, self.rows, self.updates, bad, self.quartic),)
 
 
 class unguarded:

@@ -14,23 +14,24 @@ __all__ = ["Plan", "prompt_plans", "refuse_large"]
 
 
 class Plan(NamedTuple):
-    """What a layer will need: the shape of its totals, and the number of prompts of a prompted block."""
+    """What a layer will need: the shape of its totals, the prompts of a prompted block, sums for Ledoit-Wolf."""
 
     shape: tuple[int, ...]
     prompts: int = 0
+    quartic: bool = False
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of its state."""
         *heads, last = self.shape
         numbers = (last + 1) * last * (heads[0] if heads else 1) + self.prompts * (self.prompts + 1)
-        return numbers * torch.empty((), dtype=dtype).element_size()
+        return numbers * dtype.itemsize + (8 * (1 + last) if self.quartic else 0)
 
     def state(self, dtype: torch.dtype, device: torch.device) -> Moments | PromptMoments:
         """Zeros of that size."""
         if self.prompts:
             heads, last = self.shape
             return PromptMoments((heads, last), self.prompts, dtype=dtype, device=device)
-        return Moments(self.shape, dtype, device)
+        return Moments(self.shape, dtype, device, self.quartic)
 
 
 def prompt_plans(model: Any) -> Iterator[tuple[str, Plan]]:

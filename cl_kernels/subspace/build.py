@@ -14,8 +14,8 @@ from cl_kernels.errors import NonFiniteError, SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
 from cl_kernels.ops.rules import Rule
 from cl_kernels.subspace._algebra import Form
+from cl_kernels.subspace._covariance import Covariance, PromptCovariance
 from cl_kernels.subspace._merge import OnFull, check_on_full, freed
-from cl_kernels.subspace._moments import Covariance, PromptCovariance
 from cl_kernels.subspace.store import SubspaceStore
 
 __all__ = ["build_store"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -14,37 +13,46 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cl_kernels.errors import SubspaceMismatchError
-from cl_kernels.subspace import _layers
-from cl_kernels.subspace._moments import Moments, unguarded
+from cl_kernels.subspace import _layers, _multihead, _rows
+from cl_kernels.subspace._covariance import Shrinkage
+from cl_kernels.subspace._moments import unguarded
 from cl_kernels.subspace._names import checked_name
-from cl_kernels.subspace._plans import Plan, prompt_plans, refuse_large
-from cl_kernels.subspace._reduce import all_reduce_sums
-from cl_kernels.subspace.prompts import Prompted, PromptMoments
+from cl_kernels.subspace._plans import Plan, prompt_plans
+from cl_kernels.subspace._tally import Tally, Weighting
+from cl_kernels.subspace.prompts import Prompted
 from cl_kernels.subspace.prompts import read as read_prompts
 
 __all__ = ["CovarianceCollector"]
 
 What = Literal["input", "output_grad", "prompt"]
-Weighting = Literal["rows", "batches"]
 
 
 class CovarianceCollector:
     """Sums x x^T over everything that `targets` see while the ``with`` block is open; hooks are always removed.
 
-    `targets`: "linear" (every `nn.Linear`), "conv", "all", names or patterns of modules ("blocks.*.attn.qkv"), or
-    ``callable(name, module) -> bool``. `what`: "input" rows protect the right side of a weight (convolutions as
-    unfolded patches, c kh kw wide); "output_grad" rows its left side; "prompt" both sides of each prompt of a model
-    such as `nn.PromptedViT`, by head Grams, and `targets` does not count.
+    `targets`: "linear" (every `nn.Linear`, and the projections of `nn.MultiheadAttention`), "conv" (1d, 2d, 3d), "all",
+    names or patterns of modules ("blocks.*.attn.qkv"), or ``callable(name, module) -> bool``. `what`: "input" rows
+    protect the right side of a weight (convolutions as unfolded patches, c kh kw wide); "output_grad" rows its left
+    side; "prompt" both sides of each prompt of a model such as `nn.PromptedViT`, by head Grams; `targets` is not read.
 
     Results are keyed by the parameter they protect, "blocks.0.attn.qkv.weight". `weighting` "rows" sums all rows and
     does not depend on how they come in batches; "batches" sums per-batch means, as NSP2's repository does. `dtype` is
     that of the sums, fp64 or fp32; `device="cpu"` keeps them there. `max_bytes` refuses before anything is allocated.
     `token_rate` < 1 uses a random share of the rows (seeded), `skip_tokens` leaves out the first tokens (the last if
     negative), `centred` subtracts the mean at reading, `eval_mode` switches the model to eval and back.
-    `process_group` makes reading a collective call that sums over its processes.
+    `process_group` makes reading a collective call that sums over its processes. `row_dtype` (bfloat16 or float16)
+    rounds rows before they are multiplied, which is faster where the processor multiplies 16 bits: the matrix stays
+    positive semi-definite, with noise of 3e-5 of the largest eigenvalue, so it suits rules that cut well above that;
+    float16 overflows past 65504. `shrinkage="ledoit-wolf"` gathers sum |x|^4 and sum |x|^2 x too, which
+    `Covariance.shrunk` needs; it shrinks nothing itself, so that tasks still add up.
 
-    A module called twice counts twice, except when activation checkpointing recomputes it. Nothing waits for the device
-    until results are read. Cost: one symmetric product of the rows a layer and call.
+    A module called twice counts twice, except when activation checkpointing recomputes it. Compiled modules run eagerly
+    inside the block, because compiled code skips hooks. Nothing waits for the device until results are read, unless the
+    sums are on another one. Cost: one symmetric product of the rows a layer and call, for the output projection of an
+    `nn.MultiheadAttention` also that attention once more. Memory beside the state: at most 64 MB.
+
+    Raises `SubspaceMismatchError` for targets that match nothing or cannot be watched (with the reason) and inputs that
+    do not fit a weight, `ValueError` for bad options, models in DataParallel or FSDP1, and state beyond `max_bytes`.
     """
 
     def __init__(
@@ -63,30 +71,31 @@ class CovarianceCollector:
         skip_tokens: int = 0,
         eval_mode: bool = False,
         seed: int = 0,
+        row_dtype: torch.dtype | None = None,
+        shrinkage: Shrinkage | None = None,
     ) -> None:
-        if what not in ("input", "output_grad", "prompt"):
-            raise ValueError(f"what: expected 'input', 'output_grad' or 'prompt', got {what!r}")
-        if weighting not in ("rows", "batches"):
-            raise ValueError(f"weighting: expected 'rows' or 'batches', got {weighting!r}")
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-        if not 0 < token_rate <= 1:
-            raise ValueError(f"Invalid token_rate value: {token_rate} (expected 0 < token_rate <= 1)")
-        self.what, self.weighting, self.dtype = what, weighting, dtype
-        self.max_bytes, self.process_group, self.centred = max_bytes, process_group, centred
-        self.token_rate, self.skip_tokens, self.eval_mode = token_rate, skip_tokens, eval_mode
-        self._device = None if device is None else torch.device(device)
-        self._generator = torch.Generator().manual_seed(seed)
+        _check_options(what, weighting, dtype, token_rate, row_dtype, shrinkage)
+        self.what, self.process_group, self.centred = what, process_group, centred
+        self.skip_tokens, self.eval_mode = skip_tokens, eval_mode
+        self._quartic = shrinkage == "ledoit-wolf"
         self._exits: contextlib.ExitStack | None = None
-        self._states: dict[str, Moments | PromptMoments] = {}
         self._model = None if model is None else _layers.unwrap(model)
-        self._layers: list[tuple[str, nn.Module]] = []
+        self._layers: list[_layers.Layer] = []
         if what == "prompt":
-            self._plans = dict(prompt_plans(self._model))
+            plans = dict(prompt_plans(self._model))
         else:
-            self._layers = [] if self._model is None else _layers.resolve(self._model, targets)
-            self._plans = {name: Plan((_layers.width(module, what),)) for name, module in self._layers}
-        refuse_large(self._plans, dtype, max_bytes)
+            self._layers = [] if self._model is None else _layers.resolve(self._model, targets, what)
+            plans = {layer.key: Plan((layer.width(what),), quartic=self._quartic) for layer in self._layers}
+        self._tally = Tally(
+            plans,
+            dtype=dtype,
+            device=None if device is None else torch.device(device),
+            max_bytes=max_bytes,
+            weighting=weighting,
+            token_rate=token_rate,
+            row_dtype=row_dtype,
+            seed=seed,
+        )
 
     # ------------------------------------------------------------------------------------------------ the with block
     def __enter__(self) -> CovarianceCollector:
@@ -116,51 +125,54 @@ class CovarianceCollector:
             model.eval()
         else:
             _layers.warn_if_random(model)
+        exits.enter_context(_layers.eager())
         if self.what == "prompt":
             exits.enter_context(self._prompted().observe(self._on_prompt))
-        for name, module in self._layers:
+        for layer in self._layers:
             if self.what == "input":
-                handle = module.register_forward_pre_hook(self._on_input(name), with_kwargs=True)
+                handle = layer.module.register_forward_pre_hook(self._on_input(layer), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(self._on_output(name))
+                handle = layer.module.register_forward_hook(self._on_output(layer))
             exits.callback(handle.remove)
 
     # ------------------------------------------------------------------------------------------------ hooks
-    def _on_input(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    # Each hook updates its layer at once, one launch a layer, although `ops.update_covariances_` takes many in one. A
+    # hook may not keep its input for a grouped launch later: the model may write into it in place right after (as an
+    # in-place ReLU does), and the inputs of one ViT-B pass at batch 256 are 13 GB. 50000 rows fill a GPU by themselves.
+    def _on_input(self, layer: _layers.Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _layers.in_recomputation():
-                x: Tensor = args[0] if args else kwargs["input"]
-                with unguarded(x.device):
-                    self._add(name, _layers.input_rows(module, x.detach(), self.skip_tokens))
+            if self._exits is None or _layers.in_recomputation():  # code compiled inside the block keeps its hooks
+                return
+            if isinstance(module, nn.MultiheadAttention) and layer.part:
+                inputs = _multihead.rows_of(module, layer.part, args, kwargs)
+            else:
+                inputs = [args[0] if args else next(iter(kwargs.values()))]
+            with unguarded(getattr(inputs[0], "device", torch.device("cpu"))):
+                self._tally.add(layer.key, _rows.joined(_rows.input_rows(layer, x, self.skip_tokens) for x in inputs))
 
         return hook
 
-    def _on_output(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda grad: self._on_gradient(name, module, grad))
+    def _on_output(self, layer: _layers.Layer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            out: Tensor = output[0] if layer.part else output
+            if self._exits is not None and out.requires_grad:
+                out.register_hook(lambda grad: self._on_gradient(layer, grad))
 
         return hook
 
-    def _on_gradient(self, name: str, module: nn.Module, grad: Tensor) -> None:
+    def _on_gradient(self, layer: _layers.Layer, grad: Tensor) -> None:
         if self._exits is not None:  # a graph may outlive the with block
             with unguarded(grad.device):
-                self._add(name, _layers.output_rows(module, grad.detach(), self.skip_tokens))
+                self._tally.add(layer.key, _rows.output_rows(layer, grad.detach(), self.skip_tokens))
 
     def _on_prompt(self, index: int, q: Tensor, mass: Tensor) -> None:
-        if _layers.in_recomputation():
+        if self._exits is None or _layers.in_recomputation():
             return
-        name = f"prompts.{index}"
         with unguarded(q.device):
             if self.skip_tokens:
                 kept = slice(self.skip_tokens, None) if self.skip_tokens > 0 else slice(None, self.skip_tokens)
                 q, mass = q[:, :, kept], mass[:, :, kept]
-            if self.token_rate < 1:
-                chosen = self._sample(q.shape[2], q.device)
-                q, mass = q.index_select(2, chosen), mass.index_select(2, chosen)
-            state = self._state(name, q.device)
-            if isinstance(state, PromptMoments):
-                state.update(q, mass, self.weighting)
+            self._tally.add_prompt(f"prompts.{index}", q, mass)
 
     # ------------------------------------------------------------------------------------------------ sums
     def update(self, name: str, x: Tensor) -> None:
@@ -168,70 +180,38 @@ class CovarianceCollector:
 
         Raises `SubspaceMismatchError` when `name` has rows of another width.
         """
-        key = checked_name(name)
+        key, plans = checked_name(name), self._tally.plans
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             raise ValueError(f"x: expected a real floating-point tensor [..., d], got {type(x).__name__}")
-        if key not in self._plans:
-            plan = Plan((x.shape[-1],))
-            refuse_large({**self._plans, key: plan}, self.dtype, self.max_bytes)
-            self._plans[key] = plan
-        elif self._plans[key] != Plan((x.shape[-1],)):
+        if key not in plans:
+            self._tally.plan(key, Plan((x.shape[-1],), quartic=self._quartic))
+        elif plans[key].prompts or plans[key].shape != (x.shape[-1],):
             raise SubspaceMismatchError(
-                f"{key}: expected rows of width {self._plans[key].shape[-1]}, got {x.shape[-1]}"
+                f"{key}: expected rows of width {plans[key].shape[-1]}, got {x.shape[-1]} (shape {tuple(x.shape)})"
             )
         with unguarded(x.device):
-            self._add(key, _layers.token_rows(x.detach(), 0))
-
-    def _add(self, name: str, rows: _layers.Rows) -> None:
-        if self.token_rate < 1:
-            kept = [
-                piece.index_select(0, self._sample(len(piece), piece.device)) for piece in rows.pieces if len(piece)
-            ]
-            rows = _layers.Rows(sum(len(piece) for piece in kept), kept)
-        if not rows.number:
-            return
-        pieces = iter(rows.pieces)
-        first = next(pieces)
-        state = self._state(name, first.device)
-        if isinstance(state, Moments):
-            state.update(itertools.chain((first,), pieces), rows.number, self.weighting)
-
-    def _state(self, name: str, device: torch.device) -> Moments | PromptMoments:
-        state = self._states.get(name)
-        if state is None:
-            state = self._states[name] = self._plans[name].state(self.dtype, self._device or device)
-        return state
-
-    def _sample(self, count: int, device: torch.device) -> Tensor:
-        kept = max(1, round(self.token_rate * count))
-        return torch.randperm(count, generator=self._generator)[:kept].sort().values.to(device, non_blocking=True)
+            self._tally.add(key, _rows.token_rows(x.detach(), 0))
 
     # ------------------------------------------------------------------------------------------------ results
     def covariances(self) -> dict[str, Any]:
         """`Covariance` by parameter name; for "prompt" `PromptCovariance` by "prompts.<block>".
 
-        Checked finite (`NonFiniteError` names layer and batch) and symmetric. Layers that no row reached are left out
-        with a warning. Waits for the device; with a process group every process must call it.
+        Checked finite (`NonFiniteError` names layer and batch) and symmetric, all of them before any is returned.
+        Layers that no row reached are left out with a warning. The matrices are the collector's own, uncopied, unless
+        centred, expanded or all-reduced: do not write into them; collecting on works on a copy. Waits for the device;
+        with a process group every process must call it.
         """
-        if self.process_group is not None:
-            for name in self._plans:  # a process without samples takes part with zeros
-                self._state(name, self._home())
-        read = {name: self._states[name].sums() for name in self._plans if name in self._states}
-        flat = [part for parts in read.values() for part in parts]
-        if self.process_group is not None:
-            flat = all_reduce_sums([name for name, parts in read.items() for _ in parts], flat, self.process_group)
         results: dict[str, Any] = {}
-        for name in read:
-            count = len(read[name])
-            mine, flat = tuple(flat[:count]), flat[count:]
-            if mine[0].updates == 0:
+        plans = self._tally.plans
+        for name, sums in self._tally.read(self.process_group, self._home()).items():
+            if sums[0].updates == 0:
                 continue
-            if self._plans[name].prompts:
+            if plans[name].prompts:
                 weight = self._prompted().key_weight(int(name.rpartition(".")[2]))
-                results[name] = read_prompts(name, mine, weight, self.centred)
+                results[name] = read_prompts(name, sums, weight, self.centred)
             else:
-                results[name] = mine[0].checked(name).covariance(self.centred)
-        unseen = [name for name in self._plans if name not in results]
+                results[name] = sums[0].checked(name).covariance(self.centred)
+        unseen = [name for name in plans if name not in results]
         if unseen:
             shown = ", ".join(unseen[:5]) + (" ..." if len(unseen) > 5 else "")
             warnings.warn(f"no input reached {len(unseen)} layers, which are left out: {shown}", stacklevel=2)
@@ -239,20 +219,20 @@ class CovarianceCollector:
 
     def counts(self) -> dict[str, float]:
         """Rows so far by name (batches with that weighting), on this process."""
-        return {name: state.count for name, state in self._states.items()}
+        return {name: state.count for name, state in self._tally.states.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state once every layer has been seen."""
-        return sum(plan.nbytes(self.dtype) for plan in self._plans.values())
+        return self._tally.nbytes
 
     def reset(self) -> None:
         """Forget all sums; hooks stay."""
-        self._states.clear()
+        self._tally.states.clear()
 
     def _home(self) -> torch.device:
-        if self._device is not None:
-            return self._device
+        if self._tally.device is not None:
+            return self._tally.device
         parameters = iter(()) if self._model is None else self._model.parameters()
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
@@ -260,6 +240,33 @@ class CovarianceCollector:
         if not isinstance(self._model, Prompted):
             raise ValueError("model: what='prompt' needs a model with prompts, such as PromptedViT")
         return self._model
+
+
+def _check_options(
+    what: str,
+    weighting: str,
+    dtype: torch.dtype,
+    token_rate: float,
+    row_dtype: torch.dtype | None,
+    shrinkage: str | None,
+) -> None:
+    if what not in ("input", "output_grad", "prompt"):
+        raise ValueError(f"what: expected 'input', 'output_grad' or 'prompt', got {what!r}")
+    if weighting not in ("rows", "batches"):
+        raise ValueError(f"weighting: expected 'rows' or 'batches', got {weighting!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if not 0 < token_rate <= 1:
+        raise ValueError(f"Invalid token_rate value: {token_rate} (expected 0 < token_rate <= 1)")
+    if row_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"row_dtype: expected None, torch.bfloat16 or torch.float16, got {row_dtype}")
+    if shrinkage not in (None, "oas", "ledoit-wolf"):
+        raise ValueError(f"shrinkage: expected None, 'oas' or 'ledoit-wolf', got {shrinkage!r}")
+    if shrinkage == "ledoit-wolf" and (what == "prompt" or weighting == "batches"):
+        raise ValueError(
+            "shrinkage: 'ledoit-wolf' needs the rows themselves, all of one weight; head Grams (what='prompt') and "
+            "weighting='batches' go with 'oas'"
+        )
 
 
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:

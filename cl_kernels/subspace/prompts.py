@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cl_kernels import ops
-from cl_kernels.subspace._moments import Moments, PromptCovariance, Sums
+from cl_kernels.subspace._covariance import PromptCovariance
+from cl_kernels.subspace._moments import Moments, Sums
 
 __all__ = ["PromptMoments", "Prompted", "read"]
 
