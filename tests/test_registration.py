@@ -41,6 +41,7 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
     ),
     "symmetric_eigh": lambda: (torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64)),),
     "spectral_projector": lambda: (torch.eye(3, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64), 3),
+    "log_odds_filter": lambda: (torch.eye(3).expand(2, 3, 3) * 0.1, torch.ones(2), 3, None, True),
     "project": lambda: (
         torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
         *(None, None, None, 0),

@@ -120,6 +120,10 @@ def _spectral(device: torch.device, dtype: torch.dtype) -> Tensor:
     return ops.spectral_projector(_spd(device, dtype), 1e-2)
 
 
+def _filter(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return ops.log_odds_filter(_spd(device, dtype), 1e-2).projector
+
+
 def _project(device: torch.device, dtype: torch.dtype) -> Tensor:
     left, right = _projector(7, 3, 6, device, dtype), _projector(45, 11, 7, device, dtype)
     return ops.project(_normal((2, 7, 45), 8, device, dtype), left, right)
@@ -149,6 +153,7 @@ CASES: dict[str, Case] = {
     "expand_head_grams": _expand,
     "symmetric_eigh": _eigh,
     "spectral_projector": _spectral,
+    "log_odds_filter": _filter,
     "project": _project,
     "projected_adam_step_": _adam,
 }

@@ -9,7 +9,8 @@ from cl_kernels.ops.covariance import (
     update_covariances_,
     update_head_grams_,
 )
-from cl_kernels.ops.null_space import null_space_projector, spectral_projector, symmetric_eigh
+from cl_kernels.ops.null_space import log_odds_filter, null_space_projector, spectral_projector, symmetric_eigh
+from cl_kernels.ops.orthogonal_qr import extend_basis, orthogonality_penalty, polar, qr
 from cl_kernels.ops.projection import project, projected_adam_step_
 
 __all__ = [
@@ -18,9 +19,13 @@ __all__ = [
     "backend",
     "expand_head_grams",
     "explain",
+    "log_odds_filter",
     "null_space_projector",
+    "orthogonality_penalty",
+    "polar",
     "project",
     "projected_adam_step_",
+    "qr",
     "rules",
     "spectral_projector",
     "symmetric_eigh",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,12 +9,12 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks, _registry
 from cl_kernels.ops._projector import Projector
-from cl_kernels.ops.null_space import reference, spectral
+from cl_kernels.ops.null_space import curves, hard, log_odds, reference, soft, spectral
 from cl_kernels.ops.rules import Rule
 
-__all__ = ["null_space_projector", "spectral_projector", "symmetric_eigh"]
+__all__ = ["Filtered", "log_odds_filter", "null_space_projector", "spectral_projector", "symmetric_eigh"]
 
-INDEFINITE = 1e-5  # of the largest eigenvalue; float32 sums leave 2e-7, sums rounded to bfloat16 3e-5
+SHARPNESS = {"hard": 3, "soft": 2}
 
 
 def symmetric_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +43,7 @@ def null_space_projector(
     mix: float = 1.0,
     normalize: Literal["fro"] | None = None,
     solver: Literal["auto", "eigh", "filter"] = "auto",
+    basis: bool = True,
 ) -> Projector:
     """The projector onto the directions of `cov` [..., d, d] that `rule` leaves free, blended with the identity.
 
@@ -55,43 +54,44 @@ def null_space_projector(
     V = U0, a = 1 - mix, b = -mix/s. In a batch each matrix chooses for itself; thinner ones are padded with zero
     columns, and `identity` and `span` are tensors of the batch shape. Eigenvalues below 0 count as 0.
 
+    `solver="filter"` puts P = f(cov / tau) of `spectral_projector` in the place of U0 U0^T and |P|_F in that of s. Its
+    edge is soft, so the result is dense (`Projector.from_dense`) and has no basis. tau meets the rule: `Rank` through
+    trace P, to half a direction, `Energy` through <P, cov>, to 2 % of the energy left free, the ratios and `Threshold`
+    directly, and any other rule by the place of its cut. A rank that no threshold reaches is reported by a warning,
+    such as one beyond the rank of `cov`. "eigh" is `symmetric_eigh`. "auto" is "eigh", and "filter" on CUDA if
+    `basis=False` says that only the projector is needed, whatever its form: a hard edge never turns soft unasked.
+
     Nothing free: the first term is 0, so B = (1 - mix) I, and with mix = 1 updates are frozen; a warning says so. An
     all-zero `cov` protects nothing, whatever the rule, with a warning.
 
     `normalize="fro"` is what NSP2 (Alg. 2, Eq. 29) and the Adam-NSCL code do: it scales white updates by 1/sqrt(d),
-    whatever is free, so it acts as a smaller learning rate. `solver`: "auto" and "eigh" are `symmetric_eigh`. A float32
-    `cov` is solved in float32, which protects well while the largest eigenvalue is below 3e5 times the cut; float64 has
-    no such limit.
+    whatever is free, so it acts as a smaller learning rate. With "eigh" a float32 `cov` is solved in float32, which
+    protects well while the largest eigenvalue is below 3e5 times the cut; float64 and "filter" have no such limit.
     Raises as `symmetric_eigh`, and `ValueError` for `mix` outside [0, 1], unknown names, or what the rule refuses.
-    Cost: one eigen-decomposition a matrix; nothing of size d^2 is kept but a slice of the eigenvectors.
+    Cost of "eigh" (and of "filter" on a CPU): one eigen-decomposition a matrix, waiting for the device. Of "filter" on
+    CUDA: one to nine evaluations of `log_odds_filter` for all matrices together, each read from the device once.
     """
     share = _checks.number("mix", mix, 0.0, 1.0)
     if normalize not in (None, "fro"):
         raise ValueError(f"normalize: expected None or 'fro', got {normalize!r}")
-    if solver == "filter":
-        raise ValueError("solver: 'filter' is not available in this version; use 'eigh'")
-    if solver not in ("auto", "eigh"):
+    if solver not in ("auto", "eigh", "filter"):
         raise ValueError(f"solver: expected 'auto', 'eigh' or 'filter', got {solver!r}")
     if not callable(getattr(rule, "protected", None)):
         raise TypeError(f"rule: expected a rule of clk.rules, such as Energy(0.95), got {type(rule).__name__}")
-    values, vectors = symmetric_eigh(cov)
+    _checks.floating("cov", cov, torch.float32, torch.float64)
+    _checks.square("cov", cov)
     size = cov.shape[-1]
     if size == 0:
         raise ValueError(f"cov: expected at least one direction, got shape {tuple(cov.shape)}")
-    spectra = values.reshape(-1, size)
-    kept = [_Kept.of(_protected(spectrum, rule), size, share, normalize) for spectrum in spectra]
-    if any(one.free == 0 for one in kept):
-        frozen = "updates are frozen" if share == 1 else f"updates are only scaled by {1 - share:g}"
-        warnings.warn(f"null_space_projector: {rule} leaves no direction free: {frozen}", UserWarning, stacklevel=2)
-    columns = max((one.columns for one in kept), default=0)
-    basis = vectors.new_zeros(len(kept), size, columns)
-    for target, one, source in zip(basis, kept, vectors.reshape(-1, size, size), strict=True):
-        target[:, : one.columns] = source[:, one.first : one.first + one.columns]
-    basis = basis.reshape(*cov.shape[:-1], columns)
-    if cov.ndim == 2:
-        return Projector(basis, kept[0].identity, kept[0].span)
-    scalars = cov.new_tensor([[one.identity, one.span] for one in kept]).reshape(-1, 2).T
-    return Projector(basis, scalars[0].reshape(cov.shape[:-2]), scalars[1].reshape(cov.shape[:-2]))
+    if solver == "filter" or (solver == "auto" and not basis and cov.is_cuda):
+        flat = cov.detach().reshape(-1, size, size)
+        if not len(flat):
+            return Projector.from_dense(cov.detach().clone())
+        measured = curves.Products(flat, 3, _FILTER) if cov.is_cuda else curves.Spectrum(flat, 3)
+        dense = soft.soft_projector(measured, rule, 3, share, normalize)
+        return Projector.from_dense(dense.to(cov.dtype).reshape(cov.shape))
+    values, vectors = symmetric_eigh(cov)
+    return hard.hard_projector(values, vectors, rule, share, normalize)
 
 
 def spectral_projector(
@@ -106,60 +106,77 @@ def spectral_projector(
     Eigenvalues below 0 count as 0; a zero matrix gives the identity. P has the shape and dtype of `cov` and is
     symmetric to the last bit. Not differentiable.
 
+    On a CPU f is taken of float64 eigenvalues, which is the faster way there. On CUDA it is `log_odds_filter`, right to
+    1e-6 in the 2-norm, and what that reports as failed is solved again by float64 eigh (a WARNING of the logger
+    "cl_kernels.ops.null_space" says so, once). In a captured CUDA graph nothing can be solved again: a matrix that
+    fails there gives 0, which blocks the update.
+
     Raises as `symmetric_eigh`, and `ValueError` unless tau > 0 is finite. Cost: a float64 eigen-decomposition and one
-    product of d^3 operations a matrix. Waits for the device.
+    product of d^3 operations a matrix; on CUDA that of `log_odds_filter`. Reads the device once.
     """
-    _checks.floating("cov", cov, torch.float32, torch.float64)
-    _checks.square("cov", cov)
-    steps = {"hard": 3, "soft": 2}.get(sharpness, sharpness) if isinstance(sharpness, str) else sharpness
+    steps, taus = _steps(sharpness), _taus(cov, tau)
+    projector: Tensor = _SPECTRAL(cov.detach(), taus, steps)
+    return projector
+
+
+class Filtered(NamedTuple):
+    """A soft projector [..., d, d] in float32, and how it went [...]: 0, or the sum of what failed."""
+
+    projector: Tensor
+    status: Tensor
+
+
+def log_odds_filter(
+    cov: Tensor,
+    tau: Tensor | float,
+    *,
+    sharpness: Literal["hard", "soft"] | int = "hard",
+    previous: Tensor | None = None,
+    check_psd: bool = True,
+) -> Filtered:
+    """`spectral_projector` without an eigensolver and without waiting for the device, so that a CUDA graph can hold it.
+
+    One float64 Cholesky factorisation gives s = (7/8)(tau - C) / ((9/8) tau + (7/8) C), and each step sharpens it by
+    the quintic a s + b s^3 + c s^5, three symmetric products; P = (1 + s) / 2. Right to 1e-6 in the 2-norm up to
+    trace/tau = 1e6, and to 1e-3 at the limits below.
+
+    The status of a matrix is 0, or a sum of: 1 the matrix or tau is not finite, or tau is not > 0; 2 and 4 an
+    eigenvalue lies below -tau or -tau/7 (4 only with `check_psd`, for a second factorisation); 8 trace/tau is above
+    1e10 (1e7 for a float32 `cov`), where rounding errors of C itself count; 16 an entry of P exceeds 1; 32 C is not
+    symmetric. A matrix that failed gives its `previous` projector, or 0, which blocks the update; never the identity.
+    A zero matrix gives the identity, whatever tau is. Not differentiable.
+
+    Raises `ValueError` for shapes and dtypes only. Cost: d^3 for factorisation and inverse, 2/3 more with `check_psd`,
+    and 2 d^3 a product (half of it by the Triton kernel).
+    """
+    steps, taus = _steps(sharpness), _taus(cov, tau)
+    if previous is not None:
+        _checks.floating("previous", previous)
+        _checks.same_device("previous", previous, "cov", cov)
+        if previous.shape != cov.shape:
+            raise ValueError(f"previous: expected shape {tuple(cov.shape)}, got {tuple(previous.shape)}")
+        previous = previous.detach()
+    return Filtered(*_FILTER(cov.detach(), taus, steps, previous, check_psd))
+
+
+def _steps(sharpness: str | int) -> int:
+    steps = SHARPNESS.get(sharpness, sharpness) if isinstance(sharpness, str) else sharpness
     if isinstance(steps, bool) or not isinstance(steps, int) or steps not in spectral.QUINTICS:
         raise ValueError(f"sharpness: expected 'hard', 'soft' or a number of steps from 1 to 5, got {sharpness!r}")
+    return steps
+
+
+def _taus(cov: Tensor, tau: Tensor | float) -> Tensor:
+    """Checks both; tau with the batch shape."""
+    _checks.floating("cov", cov, torch.float32, torch.float64)
+    _checks.square("cov", cov)
     if not isinstance(tau, Tensor):
         tau = cov.new_full(cov.shape[:-2], _checks.number("tau", tau), dtype=torch.float64)
     _checks.floating("tau", tau)
     _checks.same_device("tau", tau, "cov", cov)
     if tau.shape not in (torch.Size(()), cov.shape[:-2]):
         raise ValueError(f"tau: expected shape {tuple(cov.shape[:-2])} or a number, got {tuple(tau.shape)}")
-    projector: Tensor = _SPECTRAL(cov.detach(), tau.detach().expand(cov.shape[:-2]), steps)
-    return projector
-
-
-class _Kept(NamedTuple):
-    """Which eigenvectors a projector keeps, and its two numbers."""
-
-    free: int
-    first: int
-    columns: int
-    identity: float
-    span: float
-
-    @classmethod
-    def of(cls, protected: int, size: int, mix: float, normalize: str | None) -> _Kept:
-        free = size - protected
-        if free == 0:
-            return cls(0, size, 0, 1 - mix, -mix)
-        scale = mix / math.sqrt(free) if normalize == "fro" else mix
-        if protected <= free:
-            return cls(free, 0, protected, scale + 1 - mix, scale)
-        return cls(free, protected, free, 1 - mix, -scale)
-
-
-def _protected(spectrum: Tensor, rule: Rule) -> int:
-    largest, smallest = float(spectrum[0]), float(spectrum[-1])
-    if smallest < -INDEFINITE * max(largest, -smallest):
-        warnings.warn(
-            f"null_space_projector: cov is not positive semi-definite, its eigenvalues run from {largest:.3e} to "
-            f"{smallest:.3e}; those below 0 count as 0. Sums kept in 16 bits do this",
-            UserWarning,
-            stacklevel=3,
-        )
-    if largest <= 0:
-        warnings.warn("null_space_projector: cov is zero, so every direction is free", UserWarning, stacklevel=3)
-        return 0
-    count = rule.protected(spectrum.clamp_min(0))
-    if not 0 <= count <= spectrum.numel():
-        raise ValueError(f"rule: {rule} protects {count} of {spectrum.numel()} directions")
-    return count
+    return tau.detach().expand(cov.shape[:-2])
 
 
 def _fake_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +185,12 @@ def _fake_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake_spectral(cov: Tensor, tau: Tensor, steps: int) -> Tensor:
     return cov.new_empty(cov.shape)
+
+
+def _fake_filter(
+    cov: Tensor, tau: Tensor, steps: int, previous: Tensor | None, check_psd: bool
+) -> tuple[Tensor, Tensor]:
+    return cov.new_empty(cov.shape, dtype=torch.float32), cov.new_empty(cov.shape[:-2], dtype=torch.int32)
 
 
 _EIGH = _registry.define(
@@ -181,4 +204,10 @@ _SPECTRAL = _registry.define(
     "(Tensor cov, Tensor tau, int steps) -> Tensor",
     reference=spectral.spectral_projector,
     fake=_fake_spectral,
+)
+_FILTER = _registry.define(
+    "log_odds_filter",
+    "(Tensor cov, Tensor tau, int steps, Tensor? previous, bool check_psd) -> (Tensor projector, Tensor status)",
+    reference=log_odds.log_odds_filter,
+    fake=_fake_filter,
 )

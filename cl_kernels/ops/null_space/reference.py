@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cl_kernels.errors import NonFiniteError, SolverError, SubspaceMismatchError
 
-__all__ = ["symmetric_eigh"]
+__all__ = ["ASYMMETRY", "checked", "probes", "symmetric_eigh", "warn_once"]
 
 LOGGER: Final = logging.getLogger("cl_kernels.ops.null_space")
 ASYMMETRY: Final = 1e-4  # of the largest entry; TF32 products stay below 1e-5
@@ -57,8 +57,8 @@ def symmetric_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
     return values.reshape(cov.shape[:-1]), rows.reshape(cov.shape).mT
 
 
-def _prepared(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked, symmetrised (halves first, so that nothing overflows) and divided by the mean of the diagonal."""
+def checked(flat: Tensor) -> Tensor:
+    """[L, d, d], finite and symmetric to rounding, or an error that names the matrix. Returns the symmetric part."""
     largest = flat.abs().amax((1, 2))
     if not bool(torch.isfinite(largest).all()):
         bad = (~torch.isfinite(flat)).sum((1, 2))
@@ -66,7 +66,7 @@ def _prepared(flat: Tensor) -> tuple[Tensor, Tensor]:
         raise NonFiniteError(f"{_entry(flat, at)}: {int(bad[at])} of {flat[at].numel()} entries are NaN or infinite")
     symmetric = flat
     if not torch.equal(flat, flat.mT):
-        symmetric = flat / 2 + flat.mT / 2
+        symmetric = flat / 2 + flat.mT / 2  # halves first, so that nothing overflows
         skew = 2 * (flat - symmetric).abs().amax((1, 2))
         if bool((skew > ASYMMETRY * largest).any()):
             at = int((skew / largest).nan_to_num(0.0).argmax())
@@ -74,6 +74,13 @@ def _prepared(flat: Tensor) -> tuple[Tensor, Tensor]:
                 f"{_entry(flat, at)}: expected a symmetric matrix, but entries differ from their mirror by up to "
                 f"{float(skew[at]):.3e} (largest entry {float(largest[at]):.3e})"
             )
+    return symmetric
+
+
+def _prepared(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Checked, symmetrised and divided by the mean of the diagonal."""
+    symmetric = checked(flat)
+    largest = symmetric.abs().amax((1, 2))
     mean = (symmetric.diagonal(dim1=1, dim2=2) / flat.shape[-1]).sum(1)
     scale = torch.where(mean > largest * 1e-6, mean, largest)
     return symmetric / torch.where(scale > 0, scale, 1)[:, None, None], scale
@@ -104,7 +111,7 @@ def _solve(scaled: Tensor, values: Tensor, rows: Tensor) -> None:
         LOGGER.debug("symmetric_eigh: %s: %s", rung, reason or "verified")
         if reason:
             tried.append(f"{rung}: {reason}")
-            _warn_once(f"symmetric_eigh: {rung} did not hold ({reason}); going down the ladder")
+            warn_once(f"symmetric_eigh: {rung} did not hold ({reason}); going down the ladder")
     if pending:
         raise SolverError(_report(host[pending[0]].double(), tried))
 
@@ -144,11 +151,11 @@ def _attempt(
 def _verified(matrices: Tensor, values: Tensor, basis: Tensor, tolerance: float) -> tuple[list[bool], str | None]:
     """Which are eigen-decompositions, by 16 random probes: O(d^2) a matrix where the full check takes O(d^3)."""
     tolerance *= math.sqrt(max(matrices.shape[-1], 64) / 64)
-    probes = _probes(matrices.shape[-1]).to(matrices.device)
+    noise = probes(matrices.shape[-1]).to(matrices.device)
     vectors, spectrum = basis.double(), values.double()
-    image = vectors @ probes
-    skew = (vectors.mT @ image - probes).abs().amax((1, 2))
-    residual = matrices.double() @ image - vectors @ (spectrum[..., None] * probes)
+    image = vectors @ noise
+    skew = (vectors.mT @ image - noise).abs().amax((1, 2))
+    residual = matrices.double() @ image - vectors @ (spectrum[..., None] * noise)
     wrong = residual.abs().amax((1, 2)) / spectrum.abs().amax(1)
     fine = (skew <= tolerance) & (wrong <= tolerance)  # NaN is not
     if bool(fine.all()):
@@ -160,7 +167,7 @@ def _verified(matrices: Tensor, values: Tensor, basis: Tensor, tolerance: float)
 
 
 @functools.lru_cache(maxsize=8)
-def _probes(size: int) -> Tensor:
+def probes(size: int) -> Tensor:
     return torch.randn(size, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -171,7 +178,7 @@ def _signed(rows: Tensor) -> Tensor:
 
 
 @functools.cache  # once per process and reason
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     LOGGER.warning(message)
 
 
