@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -517,69 +513,7 @@ def test_bad_options_are_refused() -> None:
         CovarianceCollector(model, what="prompt")
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
-def test_two_processes_sum_to_one(tmp_path: Path) -> None:
-    """Uneven shares, one of them empty; the mean and the batch at fault are shared too."""
-    if not dist.is_available() or "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("needs torch.distributed and fork")
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_worker, args=(rank, str(tmp_path))) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        child.kill()  # nothing, unless it hangs
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0]
-
-
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)  # a forked child has none of its parent's OpenMP threads, and would wait for them for ever
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-        _distributed_checks(rank)
-        dist.destroy_process_group()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def _distributed_checks(rank: int) -> None:
-    model, x = Net().double(), data(10, 5).double()
-    group = dist.group.WORLD
-    for mine in ((x[:3], x[3:]), (x, x[:0])):
-        for weighting in ("rows", "batches"):
-            with CovarianceCollector(model, process_group=group, weighting=weighting, centred=True) as collector:
-                if len(mine[rank]):
-                    model(mine[rank])
-            shared, again = collector.covariances(), collector.covariances()
-            with CovarianceCollector(model, weighting=weighting, centred=True) as single:
-                for part in mine:
-                    if len(part):
-                        model(part)
-            for name, expected in single.covariances().items():
-                assert close(shared[name].matrix, expected.matrix, 1e-12)
-                assert close(shared[name].mean, expected.mean, 1e-12)
-                assert torch.equal(shared[name].matrix, again[name].matrix)
-                assert (shared[name].count, shared[name].rows) == (pytest.approx(expected.count), expected.rows)
-    with CovarianceCollector(model, process_group=group) as collector:
-        model(x)
-        model(x * (float("nan") if rank else 1.0))
-    with pytest.raises(NonFiniteError, match=r"first\.weight.*batch 1 .*of 4 seen"):
-        collector.covariances()
-    with CovarianceCollector(model, ["first"] if rank else ["second"], process_group=group) as collector:
-        model(x)
-    with pytest.raises(SubspaceMismatchError, match="different layers"):
-        collector.covariances()
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    with CovarianceCollector(wrapped, process_group=group) as collector:
-        wrapped(x)
-    assert list(collector.covariances()) == ["first.weight", "second.weight"]
-
-
+# ---------------------------------------------------------------------------------------------------- devices
 @pytest.fixture
 def gpu() -> torch.device:
     if not torch.cuda.is_available():
