@@ -42,6 +42,7 @@ class Implementation:
     device: str
     kernel: Kernel
     missing: Callable[[], str | None]
+    details: Callable[..., str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,20 @@ def define(
     native_cpu: Kernel | None = None,
     native_cuda: Kernel | None = None,
     triton: Kernel | None = None,
+    triton_details: Callable[..., str | None] | None = None,
 ) -> Any:
     """Register `cl_kernels::name` and return its overload.
 
     `signature` is the schema without the name, such as "(Tensor x) -> Tensor". `reference` takes any device and dtype;
     `triton` serves CUDA tensors, and CPU tensors when a test asks for it under `TRITON_INTERPRET=1`.
+    `triton_details` is given the arguments that `explain` was given; it says what is special about them, or raises
+    `Unsupported` as the kernel would.
     """
     choices = [
         Implementation("native", "cpu", native_cpu, _no_native) if native_cpu else None,
         Implementation("native", "cuda", native_cuda, _no_native_cuda) if native_cuda else None,
-        Implementation("triton", "cuda", triton, _no_triton) if triton else None,
-        Implementation("triton", "cpu", triton, _no_interpreter) if triton else None,
+        Implementation("triton", "cuda", triton, _no_triton, triton_details) if triton else None,
+        Implementation("triton", "cpu", triton, _no_interpreter, triton_details) if triton else None,
     ]
     implementations = tuple(choice for choice in choices if choice is not None)
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -142,7 +146,14 @@ def explain(op: str | Callable[..., Any], *args: Any) -> str:
     chosen = False
     for implementation in record.on(device):
         reason = _passed_over(implementation, wanted) or implementation.missing()
-        state = "not used: " + reason if reason else ("next in line" if chosen else "runs")
+        state = "next in line" if chosen else "runs"
+        if reason is None and implementation.details is not None:
+            try:
+                details = implementation.details(*args)
+                state += f" ({details})" if details else ""
+            except Unsupported as declined:
+                reason = str(declined)
+        state = f"not used: {reason}" if reason else state
         chosen = chosen or reason is None
         lines.append(f"  {implementation.backend}: {state}")
     lines.append(f"  reference (plain torch): {'the fallback' if chosen else 'runs'}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from cl_kernels.ops import _checks, _registry
-from cl_kernels.ops.covariance import cpu, reference
+from cl_kernels.ops.covariance import cpu, cuda, reference
 
 __all__ = ["expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
 
@@ -202,6 +202,8 @@ _COVARIANCE = _registry.define(
     reference=reference.update_covariance_,
     fake=_writes_only,
     native_cpu=cpu.update_covariance_,
+    triton=cuda.update_covariance_,
+    triton_details=cuda.how,
 )
 _COVARIANCES = _registry.define(
     "update_covariances_",
@@ -210,6 +212,8 @@ _COVARIANCES = _registry.define(
     reference=reference.update_covariances_,
     fake=_writes_only,
     native_cpu=cpu.update_covariances_,
+    triton=cuda.update_covariances_,
+    triton_details=cuda.how,
 )
 _HEAD_GRAMS = _registry.define(
     "update_head_grams_",
@@ -217,6 +221,8 @@ _HEAD_GRAMS = _registry.define(
     reference=reference.update_head_grams_,
     fake=_writes_only,
     native_cpu=cpu.update_head_grams_,
+    triton=cuda.update_head_grams_,
+    triton_details=cuda.how,
 )
 _EXPAND = _registry.define(
     "expand_head_grams",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels.ops import _native
-from cl_kernels.ops.covariance.state import add_count_, refuse_shared_memory, scale_
+from cl_kernels.ops.covariance.state import add_count_, refuse_shared_memory, row_levels, scale_
 
 __all__ = ["update_covariance_", "update_covariances_", "update_head_grams_"]
 
@@ -87,7 +87,7 @@ class _Update:
         self.folded: Tensor | None = None
         self.folded_sums: Tensor | None = None
         x = x if x.dtype in _native.DTYPE else x.float()  # 8-bit floats
-        if not x.is_contiguous() and len(_levels(x)) > 2:
+        if not x.is_contiguous() and len(row_levels(x)) > 2:
             x = x.contiguous()
         self.rows = x
         self.problems: list[Problem] = []
@@ -134,7 +134,7 @@ def _problem(cov: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor | None)
     if x.is_contiguous():  # the usual case, without the walk
         inner, inner_stride, outer, outer_stride = x.numel() // size, size, 1, 0
     else:
-        (inner, inner_stride), (outer, outer_stride) = [*_levels(x), (1, 0), (1, 0)][:2]
+        (inner, inner_stride), (outer, outer_stride) = [*row_levels(x), (1, 0), (1, 0)][:2]
         if x.numel() == 0:
             outer = inner = 0
     return (
@@ -152,16 +152,3 @@ def _problem(cov: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor | None)
         0 if weight is None else weight.data_ptr(),
         0 if sums is None else sums.data_ptr(),
     )
-
-
-def _levels(x: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the leading dimensions, innermost first; neighbours that one stride serves are merged."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if merged and stride == merged[-1][0] * merged[-1][1]:
-            merged[-1] = (merged[-1][0] * size, merged[-1][1])
-        else:
-            merged.append((size, stride))
-    return merged

@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_kernels.ops._precision import float32_products_are_exact
 from cl_kernels.ops.covariance.state import add_count_, refuse_shared_memory, scale_
 
-__all__ = ["expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
+__all__ = ["add_moment_", "expand_head_grams", "update_covariance_", "update_covariances_", "update_head_grams_"]
 
 PROMOTED_ROWS = 256  # with 512, torch's narrow products are 2.4 times as wrong as its wide ones; with 256, they are not
 BLOCK = 128  # 1.5x to 1.7x the full product for d from 768 to 3072 on one thread; 1.3x at 384
@@ -30,7 +30,7 @@ def update_covariance_(
 ) -> None:
     """cov <- beta cov + alpha X^T diag(weight) X, and likewise total (column sums) and count (sum of weights)."""
     refuse_shared_memory({"cov": [cov], "total": [total], "count": [count]}, {"x": [x], "weight": [weight]})
-    _update_(cov, x, total, count, weight, alpha, beta)
+    add_moment_(cov, x, total, count, weight, alpha, beta)
 
 
 def update_covariances_(
@@ -46,14 +46,14 @@ def update_covariances_(
     refuse_shared_memory({"covs": covs, "totals": totals, "counts": counts}, {"xs": xs, "weights": weights})
     for i, (cov, x) in enumerate(zip(covs, xs, strict=True)):
         total, count, weight = (values[i] if values else None for values in (totals, counts, weights))
-        _update_(cov, x, total, count, weight, alpha, beta)
+        add_moment_(cov, x, total, count, weight, alpha, beta)
 
 
 def update_head_grams_(grams: Tensor, q: Tensor, alpha: float, beta: float) -> None:
     """G_h <- beta G_h + alpha sum over images and tokens of q_h q_h^T."""
     refuse_shared_memory({"grams": [grams]}, {"q": [q]})
     for head, gram in enumerate(grams):
-        _update_(gram, q[:, head], None, None, None, alpha, beta)
+        add_moment_(gram, q[:, head], None, None, None, alpha, beta)
 
 
 def expand_head_grams(grams: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def expand_head_grams(grams: Tensor, weight: Tensor) -> Tensor:
     return ((full + full.mT) / 2).to(grams.dtype)
 
 
-def _update_(
+def add_moment_(
     cov: Tensor,
     x: Tensor,
     total: Tensor | None,
@@ -73,7 +73,9 @@ def _update_(
     weight: Tensor | None,
     alpha: float,
     beta: float,
+    promoted_rows: int = PROMOTED_ROWS,
 ) -> None:
+    """One matrix, its memory already checked; float64 rows may be taken many at a time."""
     size = cov.shape[0]
     rows = x.reshape(x.shape[:-1].numel(), size)
     weights = None if weight is None else weight.reshape(-1, 1)
@@ -84,9 +86,9 @@ def _update_(
     if count is not None:
         add_count_(count, rows.shape[0], weight, alpha, beta)
     with torch.autocast(x.device.type, enabled=False):  # it would round the products to 16 bits
-        for first in range(0, rows.shape[0], PROMOTED_ROWS):
-            plain = rows[first : first + PROMOTED_ROWS].to(dtype)
-            weighted = plain if weights is None else plain * weights[first : first + PROMOTED_ROWS].to(dtype)
+        for first in range(0, rows.shape[0], promoted_rows):
+            plain = rows[first : first + promoted_rows].to(dtype)
+            weighted = plain if weights is None else plain * weights[first : first + promoted_rows].to(dtype)
             for left in range(0, size, BLOCK):
                 cov[left : left + BLOCK, left:].add_(weighted[:, left : left + BLOCK].mT @ plain[:, left:], alpha=alpha)
             if total is not None:

@@ -1,4 +1,4 @@
-"""What both implementations do to the state: scale it, count rows, and refuse memory that is written and read."""
+"""What all implementations do: scale the state, count rows, find the strides of rows, refuse shared memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_count_", "refuse_shared_memory", "scale_"]
+__all__ = ["add_count_", "refuse_shared_memory", "row_levels", "scale_"]
 
 
 def scale_(state: Tensor, beta: float) -> None:
@@ -20,6 +20,19 @@ def scale_(state: Tensor, beta: float) -> None:
 def add_count_(count: Tensor, rows: int, weight: Tensor | None, alpha: float, beta: float) -> None:
     scale_(count, beta)
     count.add_(rows if weight is None else weight.sum(dtype=torch.float64), alpha=alpha)
+
+
+def row_levels(x: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions, innermost first; neighbours that one stride serves are merged."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if merged and stride == merged[-1][0] * merged[-1][1]:
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, stride))
+    return merged
 
 
 def refuse_shared_memory(written: dict[str, Sequence[Tensor | None]], read: dict[str, Sequence[Tensor | None]]) -> None:
