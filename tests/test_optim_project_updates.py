@@ -388,9 +388,9 @@ def test_shared_memory_is_refused(net: Net) -> None:
     twin = nn.Parameter(net.wide.weight.data)
     store = {"wide.weight": Projector(basis(24, 2)), "again": Projector(basis(24, 2))}
     named = [("wide.weight", net.wide.weight), ("again", twin)]
-    with pytest.raises(SubspaceMismatchError, match="wide.weight and again share their memory"):
+    with pytest.raises(SubspaceMismatchError, match="weight and again share their memory"):
         project_updates(torch.optim.AdamW(named), store)
-    with pytest.raises(SubspaceMismatchError, match="wide.weight and again share their memory"):
+    with pytest.raises(SubspaceMismatchError, match="weight and again share their memory"):
         ProjectedAdamW(named, subspace=store)
 
 

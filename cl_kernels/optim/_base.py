@@ -119,21 +119,21 @@ class ProjectedOptimizer(Optimizer):
 
     def _adopt(self, store: Store | None, strict: bool, *, restart: bool) -> None:
         ready: dict[Tensor, Prepared | None] = {}
-        covered: set[Tensor] = set()
+        covered: dict[Tensor, str] = {}  # in the order of the groups, the same in every process
         if store is not None:
             keys = set(store.keys())
             present = list(_names.grouped(self.param_groups))
             if keys and (why := _shards.flattened(self._names.values(), None, None, None)):
                 raise SubspaceMismatchError(f"parameters named as in {next(iter(self._names.values()))}: {why}")
             ready = {p: self._look_up(store, p) for p in present}
-            covered = {p for p in present if self._names.get(p) in keys}
-            _subspace.shared_memory({self._names[p]: p for p in covered})
+            covered = {p: name for p in present if (name := self._names.get(p)) in keys and name is not None}
+            _subspace.shared_memory({name: p for p, name in covered.items()})
             if strict:
                 _all_known(keys - set(self._names.values()), "the subspace names unknown parameters")
                 lost = {self._names[p] for p in self._start if p in set(present)} - keys
                 _all_known(lost, "parameters projected so far are missing from the new subspace")
-        start = {} if restart else {p: value for p, value in self._start.items() if p in covered}
-        start.update({p: p.detach().clone() for p in covered if p not in start})
+        kept = {} if restart else self._start
+        start = {p: kept[p] if p in kept else p.detach().clone() for p in covered}
         self._store, self._strict, self._ready, self._start = store, strict, ready, start
         self._seen = None if store is None else (id(store), store.version)
 

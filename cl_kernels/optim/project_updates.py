@@ -181,7 +181,8 @@ def _products(p: Tensor, basis: Tensor) -> Tensor:
 
 def _blocks(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """`rows`, or what goes with them, in pieces of at most `_BLOCK` elements of `rows`."""
-    return (rows if like is None else like).split(max(1, _BLOCK // max(1, rows.shape[1])))
+    parts: tuple[Tensor, ...] = (rows if like is None else like).split(max(1, _BLOCK // max(1, rows.shape[1])))
+    return parts
 
 
 def _inside_own_step(optimizer: Optimizer) -> bool:
