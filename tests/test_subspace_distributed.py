@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cl_kernels import NonFiniteError, SubspaceMismatchError
-from cl_kernels.subspace import CovarianceCollector, _reduce
+from cl_kernels import NonFiniteError, SolverError, SubspaceError, SubspaceMismatchError, rules
+from cl_kernels.subspace import Covariance, CovarianceCollector, PromptCovariance, _owners, _reduce, build, build_store
 
 Work = Callable[[int, "dist.ProcessGroup"], None]
 
@@ -181,3 +182,105 @@ def test_models_that_are_wrapped_for_several_processes(tmp_path: Path) -> None:
             assert close(collector.covariances()[name].matrix, covariance.matrix)
 
     on_processes(2, work, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- eigendecompositions
+def moments(d: int, seed: int, rows: int = 10**6) -> Covariance:
+    x = data(2 * d, d, seed=seed)
+    return Covariance(x.mT @ x, float(rows), x.mean(0), rows)
+
+
+def test_the_largest_go_first_to_whoever_has_least() -> None:
+    assert _owners.owners([768, 64, 64, 96, 128], 2) == [0, 1, 1, 1, 1]
+    assert _owners.owners([4, 4, 4, 4], 2) == [0, 1, 0, 1]
+    assert _owners.owners([3, 2, 1], 5) == [0, 1, 2]
+    assert _owners.owners([], 3) == []
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_sharded_stores_are_those_of_one_process(number: int, tmp_path: Path) -> None:
+    """Bit for bit, whoever solved what, each matrix by one process, with the same warnings everywhere."""
+
+    def work(rank: int, group: dist.ProcessGroup) -> None:
+        solved: list[str] = []
+        plain = build._solve
+
+        def counted(item: build._Item, *rest: object) -> _owners.Solved:
+            solved.append(item.label)
+            return plain(item, *rest)
+
+        build._solve = counted
+        found = {f"layer{i}": moments(d, i) for i, d in enumerate((24, 8, 8, 12, 1))}
+        found["few"] = moments(9, 11, rows=3)
+        found["dead"] = Covariance(torch.zeros(5, 5, dtype=torch.float64), 10.0, torch.zeros(5), 10)
+        found["prompts.0"] = PromptCovariance(moments(4, 12), moments(16, 13))
+        for options in ({}, {"mix": 0.9, "normalize": "fro", "dtype": torch.float32}, {"side": "left"}):
+            for rule in (rules.Rank(1), rules.Energy(0.6), rules.Energy(0.95)):
+                warned = []
+                for shared in (True, False):
+                    solved.clear()
+                    with warnings.catch_warnings(record=True) as caught:
+                        warnings.simplefilter("always")
+                        store = build_store(found, rule, process_group=group if shared else None, **options)
+                    warned.append([str(w.message) for w in caught])
+                    if shared:
+                        mine, sharded = list(solved), store
+                assert warned[0] == warned[1]
+                assert list(sharded) == list(store)
+                assert {name: store.fingerprint(name) for name in store} == {
+                    name: sharded.fingerprint(name) for name in store
+                }
+                assert sharded.report() == store.report()
+                everyone = torch.tensor(len(mine))
+                dist.all_reduce(everyone, group=group)
+                assert int(everyone) == len(solved) == 9
+                assert 0 < len(mine) < 9
+        assert len(build_store({}, rules.Rank(1), process_group=group)) == 0
+
+    on_processes(number, work, tmp_path)
+
+
+def test_a_failure_of_one_owner_is_raised_by_all(tmp_path: Path) -> None:
+    """J2: the same error with the same message on every process, and none waits for a basis that never comes."""
+
+    def work(rank: int, group: dist.ProcessGroup) -> None:
+        plain = torch.linalg.eigh
+
+        def failing(matrix: Tensor) -> object:
+            if matrix.shape[-1] == 12:
+                raise torch.linalg.LinAlgError("did not converge")
+            return plain(matrix)
+
+        good = {"a": moments(16, 1), "b": moments(12, 2), "c": moments(8, 3), "d": moments(9, 4)}
+        broken = good | {"c": Covariance(torch.full((8, 8), float("nan")), 1.0, torch.zeros(8), 1)}
+        skewed = good | {"d": Covariance(torch.eye(9).roll(1, 0), 1.0, torch.zeros(9), 1)}
+        cases = [
+            (broken, rules.Rank(1), {}, NonFiniteError, r"c \(right\): 64 of 64"),
+            (skewed, rules.Rank(1), {}, SubspaceMismatchError, r"d \(right\).*not symmetric"),
+            (good, rules.Energy(1.0), {"on_full": "raise"}, SubspaceError, r"a \(right\): all 16"),
+            (good | {"e": moments(2, 5)}, rules.Knee(), {}, ValueError, "2"),
+        ]
+        for found, rule, options, error, message in cases:
+            with pytest.raises(error, match=message) as caught:
+                build_store(found, rule, process_group=group, **options)
+            assert type(caught.value) is error
+        torch.linalg.eigh = failing
+        with pytest.raises(SolverError, match=r"no rung of the ladder.*did not converge") as caught:
+            build_store(good, rules.Rank(1), process_group=group)
+        assert (caught.value.__cause__ is not None) == (_owners.owners([16, 12, 8, 9], 3)[1] == rank)
+        torch.linalg.eigh = plain
+        with pytest.raises(RuntimeError, match="TypeError: no number"):
+            build_store(good, _Broken(), process_group=group)
+        with pytest.raises(SubspaceMismatchError, match="different stores"):
+            build_store(good, rules.Rank(1), process_group=group, mix=0.5 + rank / 10)
+        assert len(build_store(good, rules.Rank(1), process_group=group)) == 4
+
+    on_processes(3, work, tmp_path)
+
+
+class _Broken(rules.Rank):
+    def __init__(self) -> None:
+        pass
+
+    def protected(self, spectrum: Tensor) -> int:
+        raise TypeError("no number")

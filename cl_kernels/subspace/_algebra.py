@@ -11,7 +11,18 @@ from torch import Tensor
 from cl_kernels.errors import NonFiniteError, SubspaceError
 from cl_kernels.ops import Projector
 
-__all__ = ["Form", "check", "form_of", "free_share", "from_form", "orthogonality_error", "protected_rank", "union"]
+__all__ = [
+    "Form",
+    "check",
+    "form_of",
+    "free_share",
+    "from_form",
+    "orthogonality_error",
+    "protected_rank",
+    "thin_projector",
+    "union",
+    "used",
+]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -82,6 +93,11 @@ def free_share(projector: Projector) -> float:
     return float(dense.trace()) ** 2 / (dense.shape[-1] * norm) if norm else 0.0
 
 
+def used(projector: Projector) -> float:
+    """Directions that P does not leave free, d (1 - free share): the protected rank, for a dense P a fraction."""
+    return projector.dim - projector.dim * free_share(projector)
+
+
 def form_of(name: str, projector: Projector) -> Form:
     """Read V, mix and normalisation back from `identity` and `span`. Raises `SubspaceError` if they fit none."""
     if projector.dense is not None:
@@ -107,13 +123,21 @@ def form_of(name: str, projector: Projector) -> Form:
 def from_form(form: Form, like: Tensor) -> Projector:
     """The projector of `form` with the thinner of the two bases, in the dtype and on the device of `like`."""
     dimension, rank = form.protected.shape
+    thin = form.protected if 2 * rank <= dimension else complement(form.protected)
+    return thin_projector(thin.to(like), rank, form.mix, bool(form.normalized))
+
+
+def thin_projector(thin: Tensor, rank: int, mix: float, normalized: bool) -> Projector:
+    """P = mix * Q / (||Q||_F if `normalized` else 1) + (1 - mix) I, of which `rank` directions are protected.
+
+    `thin` [d, min(rank, d - rank)] is the protected basis if that is not wider than the free one, else the free one.
+    """
+    dimension = len(thin)
     free = dimension - rank
     if free == 0:
-        return Projector(form.protected.new_empty(dimension, 0).to(like), 1.0 - form.mix, -form.mix)
-    size = form.mix / math.sqrt(free) if form.normalized else form.mix
-    if rank <= free:
-        return Projector(form.protected.to(like), size + 1.0 - form.mix, size)
-    return Projector(complement(form.protected).to(like), 1.0 - form.mix, -size)
+        return Projector(thin[:, :0].clone(), 1.0 - mix, -mix)
+    size = mix / math.sqrt(free) if normalized else mix
+    return Projector(thin, size + 1.0 - mix, size) if rank <= free else Projector(thin, 1.0 - mix, -size)
 
 
 def complement(basis: Tensor) -> Tensor:

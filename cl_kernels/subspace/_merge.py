@@ -12,7 +12,7 @@ from cl_kernels.errors import SubspaceError, SubspaceMismatchError
 from cl_kernels.ops import Projector
 from cl_kernels.subspace._algebra import Form, form_of, from_form, union
 
-__all__ = ["OnFull", "check_on_full", "freed", "merged"]
+__all__ = ["OnFull", "check_on_full", "freed", "merged", "settled", "warn_frozen"]
 
 OnFull = Literal["freeze", "raise", "relax"]
 
@@ -47,17 +47,28 @@ def check_on_full(on_full: str) -> None:
         raise ValueError(f"on_full: expected 'freeze', 'raise' or 'relax', got {on_full!r}")
 
 
+def settled(name: str, dimension: int, rank: int, on_full: OnFull) -> int:
+    """How many of `rank` directions stay protected, where that would be all. Raises `SubspaceError` for "raise"."""
+    if rank < dimension:
+        return rank
+    if on_full == "raise":
+        raise SubspaceError(f"{name}: all {dimension} directions are protected; nothing is left to train")
+    return dimension - 1 if on_full == "relax" else dimension
+
+
 def freed(name: str, form: Form, like: Tensor, on_full: OnFull) -> Projector:
     """The projector of `form`, with what `on_full` asks for when it protects every direction."""
-    if form.protected.shape[0] > form.protected.shape[1]:
-        return from_form(form, like)
-    if on_full == "raise":
-        raise SubspaceError(f"{name}: all {form.protected.shape[0]} directions are protected; nothing is left to train")
-    if on_full == "relax":
-        return from_form(form._replace(protected=form.protected[:, :-1]), like)
+    dimension, rank = form.protected.shape
+    kept = settled(name, dimension, rank, on_full)
+    if kept == dimension:
+        warn_frozen(name, dimension, stacklevel=5)
+    return from_form(form._replace(protected=form.protected[:, :kept]), like)
+
+
+def warn_frozen(name: str, dimension: int, stacklevel: int) -> None:
+    """Say that a layer no longer moves."""
     warnings.warn(
-        f"{name}: all {form.protected.shape[0]} directions are protected, the layer no longer moves "
+        f"{name}: all {dimension} directions are protected, the layer no longer moves "
         '(on_full="relax" frees one, "raise" stops)',
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
-    return from_form(form, like)
