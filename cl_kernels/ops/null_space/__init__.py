@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks, _registry
 from cl_kernels.ops._projector import Projector
-from cl_kernels.ops.null_space import curves, hard, log_odds, reference, soft, spectral
+from cl_kernels.ops.null_space import cuda, curves, hard, log_odds, reference, soft, spectral
 from cl_kernels.ops.rules import Rule
 
 __all__ = ["Filtered", "log_odds_filter", "null_space_projector", "spectral_projector", "symmetric_eigh"]
@@ -204,10 +204,12 @@ _SPECTRAL = _registry.define(
     "(Tensor cov, Tensor tau, int steps) -> Tensor",
     reference=spectral.spectral_projector,
     fake=_fake_spectral,
+    triton=cuda.spectral_projector,
 )
 _FILTER = _registry.define(
     "log_odds_filter",
     "(Tensor cov, Tensor tau, int steps, Tensor? previous, bool check_psd) -> (Tensor projector, Tensor status)",
     reference=log_odds.log_odds_filter,
     fake=_fake_filter,
+    triton=cuda.log_odds_filter,
 )

@@ -9,7 +9,7 @@ Here it is in plain torch; `kernels.py` replaces the products. Source: performan
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ REASONS: Final = {
 WIDEST: Final = {torch.float64: 1e10, torch.float32: 1e7}
 LARGEST_ENTRY: Final = 1.001  # of a projector; a blow-up gives 1e4 and more
 
+T = TypeVar("T")
 #: product(a, b, alpha, beta, addend, gamma) = alpha a b + beta addend + gamma I, exactly symmetric.
-Product = Callable[[Tensor, Tensor, float, float, "Tensor | None", float], Tensor]
+Product = Callable[[T, T, float, float, "T | None", float], T]
 #: (cov, tau, steps, previous, check_psd) -> (projector, status): the signature of the operation.
 Filter = Callable[[Tensor, Tensor, int, "Tensor | None", bool], tuple[Tensor, Tensor]]
 
@@ -59,7 +60,7 @@ def log_odds_filter(
     dtype = torch.float32 if float32_products_are_exact(cov.device) else torch.float64
     with torch.autocast(cov.device.type, enabled=False):
         begun = start(flat, tau.reshape(-1), check_psd)
-        projector = sharpen(begun.s.to(dtype), steps, product).float()
+        projector = product(*sharpen(begun.s.to(dtype), steps, product), 0.5, 0.0, None, 0.5).float()
         projector, status = finish(projector, begun, None if previous is None else previous.reshape(flat.shape))
     return projector.reshape(cov.shape), status.reshape(cov.shape[:-2])
 
@@ -90,15 +91,17 @@ def start(cov: Tensor, tau: Tensor, check_psd: bool) -> Start:
     return Start(2 * (half.mT @ half) - eye, zero, status.to(torch.int32))
 
 
-def sharpen(s: Tensor, steps: int, multiply: Product) -> Tensor:
-    """Lines 9 to 12: S <- a S + b S^3 + c S^5 for each quintic, then (I + S) / 2. Three products a step."""
-    rows = QUINTICS[steps]
-    for i, (a, b, c) in enumerate(rows):
+def sharpen(s: T, steps: int, multiply: Product[T]) -> tuple[T, T]:
+    """Lines 9 to 12 but for the last product: S <- a S + b S^3 + c S^5, three products each. P is (I + S Z) / 2.
+
+    A matrix is whatever `multiply` takes and gives, such as a pair of halves.
+    """
+    factors = s, s
+    for a, b, c in QUINTICS[steps]:
+        s = s if factors[0] is factors[1] else multiply(*factors, 1.0, 0.0, None, 0.0)
         square = multiply(s, s, 1.0, 0.0, None, 0.0)
-        factor = multiply(square, square, c, b, square, a)
-        last = i == len(rows) - 1
-        s = multiply(s, factor, 0.5 if last else 1.0, 0.0, None, 0.5 if last else 0.0)
-    return s
+        factors = s, multiply(square, square, c, b, square, a)
+    return factors
 
 
 def product(a: Tensor, b: Tensor, alpha: float, beta: float, addend: Tensor | None, gamma: float) -> Tensor:
