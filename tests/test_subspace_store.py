@@ -139,6 +139,125 @@ def test_report_and_capacity() -> None:
     assert [row["rank"] for row in free.report()] == [5, None]
 
 
+def test_room_that_is_used_and_left() -> None:
+    """Spans of coordinates: task 1 uses 3 of 12, task 2 adds 2 of which one is new, task 3 adds nothing."""
+    eye = torch.eye(12, dtype=torch.float64)
+
+    def task(*columns: int, normalized: bool = False) -> SubspaceStore:
+        return SubspaceStore({"a": blended(eye[:, list(columns)], 1.0, normalized)})
+
+    def row(store: SubspaceStore) -> tuple[float, float | None, float | None]:
+        (found,) = store.report()
+        return found["used"], found["added"], found["tasks_left"]
+
+    for normalized in (False, True):
+        store = SubspaceStore()
+        store.merge(task(0, 1, 2, normalized=normalized))
+        assert row(store) == (0.25, 3, 3)
+        store.merge(task(2, 3, normalized=normalized))
+        assert row(store) == (pytest.approx(4 / 12), 1, 8)
+        store.merge(task(0, 3, normalized=normalized))
+        assert row(store) == (pytest.approx(4 / 12), 0, math.inf)
+        store.merge(task(*range(4, 9), normalized=normalized))
+        assert row(store) == (0.75, 5, 0)
+        assert store.capacity() == {"a": 0.25}
+    store.replace(task(*range(7)))  # a rule that cuts anew may give directions back
+    assert row(store) == (pytest.approx(7 / 12), -2, math.inf)
+    store.replace(task(*range(9)))
+    assert row(store) == (0.75, 2, 1)
+    half = SubspaceStore({"a": Sides(None, Projector(eye[:, :3])), "b": Sides(Projector(eye[:, :2]), None)})
+    half.merge({"a": Sides(Projector(eye[:2, :1]), None)})
+    assert [(r["layer"], r["side"], r["added"], r["tasks_left"]) for r in half.report()] == [
+        ("a", "left", 1, 1),
+        ("a", "right", 0, math.inf),
+        ("b", "left", 2, 5),
+    ]
+    with pytest.warns(UserWarning, match="all 12"):
+        store.merge(task(9, 10, 11))
+    assert row(store) == (1, 3, 0)
+
+
+def test_room_of_dense_projectors() -> None:
+    """A soft edge is counted by its participation ratio; one of a projection with rank 5 of 8 counts 5."""
+    hard = Projector.from_dense(Projector(basis(8, 5)).matrix())
+    (row,) = SubspaceStore({"a": hard}).report()
+    assert (row["used"], row["added"], row["tasks_left"]) == (pytest.approx(5 / 8), pytest.approx(5), 0)
+    store = SubspaceStore({"a": Projector.from_dense(Projector(basis(8, 2)).matrix())})
+    store["a"] = Projector.from_dense(Projector(basis(8, 4)).matrix())
+    (row,) = store.report()
+    assert (row["added"], row["tasks_left"]) == (pytest.approx(2), 2)
+    store["a"] = Projector.from_dense(Projector(basis(8, 4)).matrix())
+    assert store.report()[0]["tasks_left"] == math.inf
+
+
+def test_replacing_takes_what_is_known_and_refuses_other_sizes() -> None:
+    fresh = SubspaceStore()
+    fresh.put("a", Projector(basis(6, 3)), right_energy=0.8, right_condition=50.0)
+    fresh.put("new", Projector(basis(4, 1)), right_energy=0.5)
+    store = SubspaceStore({"a": Projector(basis(6, 2)), "kept": Projector(basis(3, 1))})
+    store.replace(fresh)
+    rows = {row["layer"]: row for row in store.report()}
+    assert list(rows) == ["a", "kept", "new"]
+    assert (rows["a"]["energy"], rows["a"]["condition"], rows["a"]["added"]) == (0.8, 50.0, 1)
+    assert (rows["new"]["energy"], rows["new"]["added"]) == (0.5, 1)
+    before = store.version
+    with pytest.raises(SubspaceMismatchError, match=r"kept \(right\).*dimension 3 by one of 4"):
+        store.replace(SubspaceStore({"a": Projector(basis(6, 1)), "kept": Projector(basis(4, 1))}))
+    assert store.version == before
+    merged = SubspaceStore({"a": Projector(basis(6, 2))})
+    merged.merge(fresh)
+    assert [row["energy"] for row in merged.report()] == [None, 0.5]
+
+
+def test_what_the_last_task_added_survives_files(tmp_path: Path) -> None:
+    store = SubspaceStore({"a": Projector(basis(6, 1))})
+    store["a"] = Projector(basis(6, 3))
+    store.save(tmp_path / "s")
+    loaded = SubspaceStore.load(tmp_path / "s")
+    assert loaded.report() == store.report()
+    assert loaded.report()[0]["added"] == 2
+    assert store.clone().to(torch.float32).report()[0]["added"] == 2
+    old = {key: tensor for key, tensor in store.state_dict().items() if not key.endswith("added")}
+    loaded.load_state_dict(old)
+    assert (loaded.report()[0]["added"], loaded.report()[0]["tasks_left"]) == (None, None)
+
+
+def test_fingerprints_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    computed: list[bytes] = []
+    plain = hashlib.blake2b
+
+    def counted(data: bytes, **options: int) -> object:
+        computed.append(data)
+        return plain(data, **options)
+
+    monkeypatch.setattr(hashlib, "blake2b", counted)
+    store = example()
+    first = {name: store.fingerprint(name) for name in store}
+    assert len(computed) == 5
+    assert {name: store.fingerprint(name) for name in store} == first
+    assert len(computed) == 5
+    store["dense"] = store["dense"]
+    assert store.fingerprint("dense") == first["dense"]
+    assert len(computed) == 6
+    store["noted"] = Projector(basis(5, 1))
+    assert store.fingerprint("noted") != first["noted"]
+    store["head.weight"].left.basis.mul_(-1)
+    assert store.fingerprint("head.weight") != first["head.weight"], "written to in place"
+    del store["dense"]
+    store["dense"] = Projector(basis(5, 2))
+    assert store.fingerprint("dense") != first["dense"]
+    store.to(torch.float32)
+    assert store.fingerprint("prompts.1") != first["prompts.1"]
+    with torch.inference_mode():
+        store["inferred"] = Projector(basis(5, 2))
+    before = store.fingerprint("inferred")
+    with torch.inference_mode():
+        store["inferred"].basis.mul_(-1)
+    assert store.fingerprint("inferred") != before
+
+
 def test_fingerprint_follows_the_content() -> None:
     store, other = example(), example()
     assert same(store, other)
@@ -360,7 +479,7 @@ def damaged(whole: bytes) -> dict[str, bytes]:
         "wrong json": remake({name: [1, 2]}),
         "foreign": remake(tensors),
         "other format": remake({**header, "__metadata__": {**meta, "format": "pt"}}),
-        "newer": remake({**header, "__metadata__": {**meta, "format_version": "2"}}),
+        "newer": remake({**header, "__metadata__": {**meta, "format_version": "3"}}),
         "no version": remake({**header, "__metadata__": {k: v for k, v in meta.items() if k != "format_version"}}),
         "word for version": remake({**header, "__metadata__": {**meta, "format_version": "one"}}),
         "ties to nowhere": remake({**header, "__metadata__": {**meta, "ties": '{"a/right/basis": "b/right/basis"}'}}),

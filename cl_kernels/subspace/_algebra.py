@@ -95,7 +95,8 @@ def free_share(projector: Projector) -> float:
 
 def used(projector: Projector) -> float:
     """Directions that P does not leave free, d (1 - free share): the protected rank, for a dense P a fraction."""
-    return projector.dim - projector.dim * free_share(projector)
+    rank = protected_rank(projector)
+    return projector.dim * (1.0 - free_share(projector)) if rank is None else float(rank)
 
 
 def form_of(name: str, projector: Projector) -> Form:

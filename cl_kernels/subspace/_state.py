@@ -10,9 +10,10 @@ from torch import Tensor
 from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
 
-__all__ = ["flatten", "unflatten"]
+__all__ = ["flatten", "tensor_versions", "unflatten"]
 
-FIELDS = ("basis", "identity", "span", "dense", "energy", "condition")
+NOTES = ("energy", "condition", "added")
+FIELDS = ("basis", "identity", "span", "dense", *NOTES)
 
 
 def flatten(name: str, sides: Sides) -> dict[str, Tensor]:
@@ -31,6 +32,14 @@ def flatten(name: str, sides: Sides) -> dict[str, Tensor]:
     return state
 
 
+def tensor_versions(sides: Sides) -> tuple[tuple[int, int], ...] | None:
+    """What changes when a tensor of the entry is replaced or written to; None if torch does not count writes to it."""
+    tensors = [x for projector in sides if projector is not None for x in projector if isinstance(x, Tensor)]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((id(tensor), tensor._version) for tensor in tensors)
+
+
 def unflatten(state: Mapping[str, Tensor]) -> dict[str, tuple[Sides, dict[str, float]]]:
     """Entries and their notes by name. Raises `SubspaceMismatchError` for a key of another form or a missing one."""
     groups: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -42,10 +51,7 @@ def unflatten(state: Mapping[str, Tensor]) -> dict[str, tuple[Sides, dict[str, f
     entries: dict[str, tuple[Sides, dict[str, float]]] = {}
     for name, sides in groups.items():
         notes = {
-            f"{side}_{what}": float(fields[what])
-            for side, fields in sides.items()
-            for what in ("energy", "condition")
-            if what in fields
+            f"{side}/{what}": float(fields[what]) for side, fields in sides.items() for what in NOTES if what in fields
         }
         entries[name] = (Sides(*(_projector(name, side, sides.get(side)) for side in Sides._fields)), notes)
     return entries

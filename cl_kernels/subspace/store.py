@@ -18,12 +18,12 @@ from cl_kernels.subspace import _algebra, _files
 from cl_kernels.subspace._merge import OnFull, check_on_full, merged
 from cl_kernels.subspace._names import checked_name, plain_name
 from cl_kernels.subspace._report import SideReport, side_reports
-from cl_kernels.subspace._state import flatten, unflatten
+from cl_kernels.subspace._state import flatten, tensor_versions, unflatten
 
 __all__ = ["SideReport", "SubspaceStore"]
 
 FORMAT = "cl_kernels.subspace"
-VERSION = 1
+VERSION = 2  # 1 did not know what the last task added
 
 
 class SubspaceStore(MutableMapping[str, Projector | Sides]):
@@ -38,7 +38,8 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
 
     def __init__(self, entries: Mapping[str, Projector | Sides] | None = None) -> None:
         self._entries: dict[str, Sides] = {}
-        self._notes: dict[str, dict[str, float]] = {}  # "<side>/energy", "<side>/condition" by name
+        self._notes: dict[str, dict[str, float]] = {}  # "<side>/energy", "<side>/condition", "<side>/added" by name
+        self._prints: dict[str, tuple[Any, str]] = {}  # fingerprints, and the versions of the tensors they are of
         self.version = 0
         self.provenance: dict[str, str] = {}
         for name, value in (entries or {}).items():
@@ -55,6 +56,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
     def __delitem__(self, name: str) -> None:
         del self._entries[plain_name(name)]
         del self._notes[plain_name(name)]
+        self._prints.pop(plain_name(name), None)
         self.version += 1
 
     def __iter__(self) -> Iterator[str]:
@@ -75,7 +77,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         """Set an entry with what is known of it: ``right_energy``, ``right_condition`` and the same for the left.
 
         Energy is the share of the second moment's trace that is protected, condition its largest over its smallest
-        eigenvalue.
+        eigenvalue. How many directions the entry uses more than the one before it is noted for `report`.
         """
         plain, sides = checked_name(name), Sides.of(value)
         if sides == (None, None):
@@ -87,8 +89,16 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         named = {key.replace("_", "/", 1): float(number) for key, number in notes.items()}
         if not named.keys() <= kept:
             raise TypeError(f"notes: expected some of {sorted(kept)}, got {sorted(named)}")
-        self._entries[plain] = sides
-        self._notes[plain] = named
+        before = self._entries.get(plain, Sides())
+        for side, old, new in zip(Sides._fields, before, sides, strict=True):
+            if new is not None:
+                named[f"{side}/added"] = _algebra.used(new) - (0.0 if old is None else _algebra.used(old))
+        self._set(plain, sides, named)
+
+    def _set(self, name: str, sides: Sides, notes: dict[str, float]) -> None:
+        self._entries[name] = sides
+        self._notes[name] = notes
+        self._prints.pop(name, None)
         self.version += 1
 
     def sides(self, name: str) -> Sides:
@@ -96,14 +106,22 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         return self._entries[plain_name(name)]
 
     def fingerprint(self, name: str) -> str:
-        """blake2b of the name, the ranks and the bytes of the projectors, the same on every device."""
+        """blake2b of the name, the ranks and the bytes of the projectors, the same on every device.
+
+        Computed once an entry, and again when its tensors were written to.
+        """
         plain = plain_name(name)
+        versions = tensor_versions(self._entries[plain])
+        known = self._prints.get(plain)
+        if versions is not None and known is not None and known[0] == versions:
+            return known[1]
         digest = hashlib.blake2b(plain.encode(), digest_size=16)
         for key, tensor in flatten(plain, self._entries[plain]).items():
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             raw = tensor.detach().to("cpu").contiguous().reshape(-1)
             digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
-        return digest.hexdigest()
+        self._prints[plain] = (versions, digest.hexdigest())
+        return self._prints[plain][1]
 
     # ------------------------------------------------------------------------------------------------ use
     def merge(
@@ -115,6 +133,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         normalised one grows with its rank as when it is built anew. Directions closer than `tolerance` (default: 1e-7
         for fp64 bases, 1e-4 below) count once. When nothing stays free, `on_full` freezes the layer with one warning,
         raises `SubspaceError`, or "relax" gives the last direction back. Other sizes: `SubspaceMismatchError`.
+        Energy and condition are kept for names that are new to this store; of a sum of spans they are not known.
         """
         check_on_full(on_full)
         both: dict[str, Sides] = {}
@@ -128,7 +147,27 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
                 )
             )
         for name, sides in both.items():
-            self.put(name, sides)
+            new = isinstance(other, SubspaceStore) and name not in self._entries
+            self.put(name, sides, **(other._measured(name) if new else {}))  # type: ignore[attr-defined]  # new says so
+
+    def replace(self, other: SubspaceStore) -> None:
+        """Put the entries of `other`, with what it knows of them, in place of those of the same names.
+
+        This is the step from task to task of a method that cuts its subspace anew from the sum of all second moments:
+        `report` then says by how much each layer grew. Other sizes: `SubspaceMismatchError`, nothing has changed then.
+        """
+        for name in other:
+            for side, ours, theirs in zip(Sides._fields, self._entries.get(name, Sides()), other.sides(name)):
+                if ours is not None and theirs is not None and ours.dim != theirs.dim:
+                    raise SubspaceMismatchError(
+                        f"{name} ({side}): cannot replace a projector of dimension {ours.dim} by one of {theirs.dim}"
+                    )
+        for name in other:
+            self.put(name, other.sides(name), **other._measured(name))
+
+    def _measured(self, name: str) -> dict[str, float]:
+        notes = self._notes[name]
+        return {key.replace("/", "_", 1): note for key, note in notes.items() if not key.endswith("/added")}
 
     def capacity(self) -> dict[str, float]:
         """Share of update directions that each layer still has: (free left share) x (free right share)."""
@@ -140,7 +179,13 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         return shares
 
     def report(self) -> list[SideReport]:
-        """One row per layer and side: dimension, protected rank, energy, condition, orthogonality error."""
+        """One row per layer and side: dimension, protected rank, energy, condition, orthogonality error, and the room.
+
+        `used` is the share of directions that are protected, rank / d (for a dense P, 1 - (tr P)^2 / (d ||P||_F^2));
+        `added` how many more the last `put`, `merge` or `replace` of this entry uses than the entry before it, all of
+        them for the first one; `tasks_left` how many tasks that add as many still fit, floor((d - rank) / added), and
+        infinity when the last one added none. None where unknown: files of version 1.
+        """
         return [row for name, sides in self._entries.items() for row in side_reports(name, sides, self._notes[name])]
 
     def to(self, *args: Any, **kwargs: Any) -> SubspaceStore:
@@ -150,6 +195,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
             for name, sides in self._entries.items()
         }
         self._entries = moved
+        self._prints.clear()
         self.version += 1
         return self
 
@@ -162,7 +208,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
 
     # ------------------------------------------------------------------------------------------------ state and files
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat: ``<name>/<side>/<basis|identity|span|dense|energy|condition>``, tensors only."""
+        """Flat: ``<name>/<side>/<basis|identity|span|dense|energy|condition|added>``, tensors only."""
         state: dict[str, Tensor] = {}
         for name, sides in self._entries.items():
             state |= flatten(name, sides)
@@ -179,7 +225,8 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         """
         fresh = SubspaceStore()
         for name, (sides, notes) in unflatten(state).items():
-            fresh.put(name, sides, **notes)
+            fresh.put(name, sides)
+            fresh._set(checked_name(name), fresh.sides(name), notes)
         if strict and self._entries and self._entries.keys() != fresh._entries.keys():
             names = sorted(self._entries.keys() ^ fresh._entries.keys())
             raise SubspaceMismatchError(
@@ -188,6 +235,7 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
             )
         self._entries = fresh._entries if strict else {**self._entries, **fresh._entries}
         self._notes = fresh._notes if strict else {**self._notes, **fresh._notes}
+        self._prints.clear()
         self.version += 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
