@@ -4,7 +4,7 @@ SEEDS ?= 3
 OUT ?= gpu-out
 VENV := .venv/bin/python
 
-.PHONY: demo test bench gpu lint native clean
+.PHONY: demo test integrations bench gpu lint native clean
 
 demo:  ## set up .venv, then run the methods on embedded real images, print the table, write the report
 	$(PYTHON) scripts/setup_env.py demo
@@ -18,6 +18,10 @@ test:  ## set up .venv with the test tools, then run the whole suite, and Triton
 lint:  ## formatting, linting and types, with the versions of the dev extra
 	$(PYTHON) scripts/setup_env.py lint
 	$(VENV) scripts/lint.py
+
+integrations:  ## the drop-in tests with the real Accelerate, Lightning and Avalanche, in an environment of their own
+	$(PYTHON) scripts/setup_env.py test
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV) scripts/integrations.py
 
 bench:  ## every benchmark of this machine's devices
 	$(PYTHON) scripts/setup_env.py test

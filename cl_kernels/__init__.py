@@ -20,12 +20,12 @@ from cl_kernels.ops._projector import Projector, Sides
 from cl_kernels.ops._registry import explain, use_backend
 
 if TYPE_CHECKING:
-    from cl_kernels import continual, data, methods, nn, optim, subspace
+    from cl_kernels import continual, data, integrations, methods, nn, optim, subspace
     from cl_kernels.ops import rules
     from cl_kernels.subspace import CovarianceCollector, SubspaceStore
 
 # Upper floors load on first use, so that `import cl_kernels` costs little more than `import torch`.
-_MODULES = ("continual", "data", "methods", "nn", "optim", "subspace")
+_MODULES = ("continual", "data", "integrations", "methods", "nn", "optim", "subspace")
 _NAMES = {"CovarianceCollector": "subspace", "SubspaceStore": "subspace", "rules": "ops"}
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "data",
     "errors",
     "explain",
+    "integrations",
     "methods",
     "nn",
     "ops",

@@ -62,6 +62,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which of other people's loops were only replayed: their packages are not in this environment."""
+    reports = (report for group in terminalreporter.stats.values() for report in group)
+    if not any("test_integrations.py" in getattr(report, "nodeid", "") for report in reports):
+        return
+    packages = {"Accelerate": "accelerate", "Lightning": "lightning", "Avalanche": "avalanche"}
+    replayed = [name for name, package in packages.items() if importlib.util.find_spec(package) is None]
+    terminalreporter.line(
+        f"drop-in: replayed by call sequence only: {', '.join([*replayed, 'Mammoth', 'PILOT'])}"
+        + ("; `make integrations` runs those that are packages" if replayed else "")
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

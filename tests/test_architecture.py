@@ -22,10 +22,11 @@ BELOW: dict[str, set[str]] = {
     "subspace": {"ops"},
     "optim": {"ops", "subspace"},
     "nn": {"ops", "subspace"},
+    "integrations": {"ops", "subspace", "optim", "nn"},
     "data": set(),
-    "methods": {"ops", "subspace", "optim", "nn"},
-    "continual": {"ops", "subspace", "optim", "nn", "methods", "data"},
-    "cli": {"ops", "subspace", "optim", "nn", "methods", "data", "continual"},
+    "methods": {"ops", "subspace", "optim", "nn", "integrations"},
+    "continual": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data"},
+    "cli": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data", "continual"},
 }
 OPS_SHARED = {"_registry", "_native", "_checks", "_tuning", "_triton", "_projector", "rules"}
 TRITON_FILES = {"kernels.py", "_triton.py"}  # loaded when a kernel is first asked for
@@ -42,6 +43,9 @@ EXTRAS = {
     "torchvision",
     "datasets",
     "tensorboard",
+    "avalanche",
+    "accelerate",
+    "lightning",
 }
 
 
@@ -128,6 +132,8 @@ def test_imports_go_down(path: Path) -> None:
         ("ops/_checks.py", "from cl_kernels.ops import covariance", "imports no room"),
         ("ops/covariance/__init__.py", "def f():\n    import cl_kernels.subspace", "ops may not import subspace"),
         ("optim/adam.py", "from cl_kernels import nn", "optim may not import nn"),
+        ("optim/adam.py", "from cl_kernels import integrations", "optim may not import integrations"),
+        ("integrations/timm.py", "from cl_kernels import methods", "integrations may not import methods"),
         ("data/sets.py", "from cl_kernels.ops import Projector", "data may not import ops"),
         ("methods/x.py", "from cl_kernels import data", "methods may not import data"),
         ("errors.py", "from cl_kernels import ops", "nothing above"),

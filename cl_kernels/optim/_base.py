@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl_kernels.errors import SubspaceMismatchError
-from cl_kernels.optim import _names, _shards, _subspace
+from cl_kernels.optim import _gradients, _names, _shards, _subspace
 from cl_kernels.optim._subspace import Prepared, Store
 
 __all__ = ["ProjectedOptimizer"]
@@ -24,6 +24,7 @@ class ProjectedOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = False
+    _OWN = ("_names", "_store", "_strict", "_start", "_expected", "_nonfinite", "_skipped")  # beside torch's own
 
     def __init__(self, params: Any, defaults: dict[str, Any], subspace: Any, nonfinite: str) -> None:
         if nonfinite not in ("propagate", "skip"):
@@ -34,6 +35,7 @@ class ProjectedOptimizer(Optimizer):
         self._seen: tuple[int, int] | None = None  # identity and version of the store behind _ready
         self._ready: dict[Tensor, Prepared | None] = {}
         self._start: dict[Tensor, Tensor] = {}
+        self._expected: dict[str, str] = {}  # fingerprints of a loaded state whose store was still empty
         self._nonfinite = nonfinite
         self._skipped: Tensor | None = None
         self._check_group(defaults)
@@ -54,6 +56,7 @@ class ProjectedOptimizer(Optimizer):
         one copy of each projected parameter. `None` ends the projection.
         """
         self._adopt(_subspace.as_store(store), strict, restart=True)
+        self._expected = {}
 
     def bind(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Read the parameters' names anew, after a toolbox replaced parameters or edited `param_groups`.
@@ -90,6 +93,9 @@ class ProjectedOptimizer(Optimizer):
     def _refresh(self) -> None:
         """Before a step: follow changes of the groups and of the store."""
         _names.settle(self.param_groups)
+        if self._expected:
+            self._same_subspace(self._expected)
+            self._expected = {}
         if self._store is not None and self._seen != (id(self._store), self._store.version):
             self._adopt(self._store, self._strict, restart=False)
 
@@ -191,14 +197,15 @@ class ProjectedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
         """Load a state dict, torch's own included. One saved under another subspace than the present raises
-        `SubspaceMismatchError` unless it carries its subspace or `strict` is off; nothing has changed then."""
+        `SubspaceMismatchError` unless it carries its subspace or `strict` is off; nothing has changed then. While the
+        present store is empty (frameworks may load it after the optimizer) the comparison waits for the next step."""
         saved = state_dict.get("subspace", {})
         prints: dict[str, str] = saved.get("fingerprints", {})
         store: Store | None = None
         if "tensors" in saved:
             devices = {name: parameter.device for parameter, name in self._names.items()}
             store = _subspace.embedded(saved["tensors"], devices)
-        elif strict and prints:
+        elif strict and prints and (self._store is None or list(self._store.keys())):
             self._same_subspace(prints)
         before = (self._store, self._strict, self._ready, self._start, self._seen)
         loaded = (self.state, self.param_groups)
@@ -206,23 +213,15 @@ class ProjectedOptimizer(Optimizer):
             self.set_subspace(store, strict=strict)
         try:
             super().load_state_dict(state_dict)
-            self._check_state()
+            _gradients.check_state(self._names, self.state)
         except Exception:
             self._store, self._strict, self._ready, self._start, self._seen = before
             self.state, self.param_groups = loaded
             raise
+        waits = strict and store is None and self._store is not None and not list(self._store.keys())
+        self._expected = prints if waits else {}
         if self._store is not None:
             self._adopt(self._store, self._strict, restart=True)
-
-    def _check_state(self) -> None:
-        """Raise `ValueError` for moments of another shape than their parameter's: torch finds that in the next step."""
-        for parameter, state in self.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
-                    name = self._names.get(parameter, "a parameter")
-                    raise ValueError(
-                        f"{name} has shape {tuple(parameter.shape)}, but its {key} in the state {tuple(value.shape)}"
-                    )
 
     def _same_subspace(self, saved: dict[str, str]) -> None:
         store = self._store
@@ -231,7 +230,16 @@ class ProjectedOptimizer(Optimizer):
         _all_known(differing, "the state was saved under another subspace (call `set_subspace` first); differing")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_names", "_store", "_strict", "_start", "_nonfinite", "_skipped", "_step_supports_amp_scaling")
+        own = (
+            "_names",
+            "_store",
+            "_strict",
+            "_start",
+            "_expected",
+            "_nonfinite",
+            "_skipped",
+            "_step_supports_amp_scaling",
+        )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

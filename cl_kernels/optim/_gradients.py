@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_kernels.optim import _shards
 
-__all__ = ["check_memory", "found_nonfinite"]
+__all__ = ["check_memory", "check_state", "found_nonfinite"]
 
 
 def check_memory(name: str, parameter: Tensor, tensors: Iterable[Tensor]) -> None:
@@ -29,6 +30,17 @@ def check_memory(name: str, parameter: Tensor, tensors: Iterable[Tensor]) -> Non
                 f"{name}: the parameter is on {device}, its gradient or moment on {tensor.device}; move the model "
                 "before the optimizer is made, or load its state again"
             )
+
+
+def check_state(names: Mapping[Tensor, str], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Raise `ValueError` for moments of another shape than their parameter's: torch finds that in the next step."""
+    for parameter, state in states.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{names.get(parameter, 'a parameter')} has shape {tuple(parameter.shape)}, but its {key} in the "
+                    f"state {tuple(value.shape)}"
+                )
 
 
 def found_nonfinite(
