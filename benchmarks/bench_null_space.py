@@ -54,14 +54,6 @@ def looped(solve: Callable[[Tensor], Tensor], covs: Tensor) -> Callable[[], Tens
     return call
 
 
-def _has_filter() -> bool:
-    try:
-        ops.null_space_projector(torch.eye(2), rules.Rank(1), solver="filter")
-    except ValueError:
-        return False
-    return True
-
-
 def dense(output: Projector | Tensor) -> Tensor:
     return output.matrix() if isinstance(output, Projector) else output
 
@@ -103,10 +95,9 @@ def projectors(
         "ours: solver='filter'": lambda: ops.null_space_projector(covs, rules.Threshold(threshold), solver="filter"),
         "ours: solver='filter', rank rule": lambda: ops.null_space_projector(covs, rule, solver="filter"),
         "ours: spectral_projector": lambda: ops.spectral_projector(covs, tau),
+        "ours: log_odds_filter": lambda: ops.log_odds_filter(covs, tau).projector,
         "filter in torch operations": lambda: filter_in_torch(covs, tau),
     }
-    if not _has_filter():
-        soft = {name: call for name, call in soft.items() if "solver" not in name}
     if compiled:
         compiled_filter = torch.compile(filter_in_torch)
         soft["torch.compile of that filter"] = lambda: compiled_filter(covs, tau)

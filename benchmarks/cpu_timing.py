@@ -49,7 +49,6 @@ def times(
     variants: dict[str, Callable[[], Any]],
     rounds: int = 7,
     *,
-    memory: bool,
     slice_s: float = 0.05,
     budget_s: float = 30.0,
 ) -> dict[str, dict[str, Any]]:
@@ -79,7 +78,7 @@ def times(
             "median_s": statistics.median(cpu[name]),
             "wall_min_s": min(wall[name]),
             "rounds": rounds,
-            "peak_bytes": peak_extra(call) if memory else None,
+            "peak_bytes": peak_extra(call),
         }
         for name, call in variants.items()
     }

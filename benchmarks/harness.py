@@ -47,7 +47,8 @@ class Case:
     stay below `tolerance` (one number, or one for each name; infinity where a baseline is known to be inexact: its
     error is printed all the same). Where variants answer slightly different questions, `expected` maps their names to
     outputs; `read` turns what a call returns into tensors. `measures` are further columns, functions of the outputs
-    such as the leak of a projector, and `limits` says which variants must keep them ("ours" where a name is absent).
+    such as the leak of a projector; the variants named in `limited` must keep their `limits`. `kept_bytes` of the peak
+    memory are what a result must hold, such as the state of a collector; what is beyond them is shown apart.
     `flops` and `bytes_moved` give the floor at the rate named by `rate`. `slow` cases run only with --slow.
     """
 
@@ -64,7 +65,7 @@ class Case:
     limits: dict[str, float] = field(default_factory=dict)
     limited: tuple[str, ...] = ("ours",)
     slow: bool = False
-    memory: bool = True
+    kept_bytes: dict[str, int] = field(default_factory=dict)
 
     def check(self, name: str) -> dict[str, float]:
         """Call a variant once: its error and measures. Raises `ValueError` where one of them is too large."""
@@ -168,9 +169,7 @@ def measure(case: Case, rates: Rates, *, device: str = "cpu", rounds: int = 7) -
                 raise
             failed[name] = f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
     variants = {name: case.variants[name] for name in found}
-    columns = (
-        cuda_timing.times(variants) if device == "cuda" else cpu_timing.times(variants, rounds, memory=case.memory)
-    )
+    columns = cuda_timing.times(variants) if device == "cuda" else cpu_timing.times(variants, rounds)
     floor = rates.floor(case)
     clock = "median_s" if device == "cuda" else "min_s"
     ours = columns["ours"][clock] if "ours" in columns else None
@@ -178,6 +177,7 @@ def measure(case: Case, rates: Rates, *, device: str = "cpu", rounds: int = 7) -
         {
             "variant": name,
             **columns[name],
+            "kept_bytes": case.kept_bytes.get(name),
             "floor_percent": 100 * floor / columns[name][clock] if floor else None,
             "times_ours": columns[name][clock] / ours if ours else None,
             **found[name],
@@ -199,6 +199,8 @@ def _show(result: dict[str, Any]) -> None:
         percent = f"{row['floor_percent']:5.0f} %" if row["floor_percent"] is not None else "      -"
         ratio = f"{row['times_ours']:8.2f}x" if row["times_ours"] is not None else "       - "
         peak = f"  peak {row['peak_bytes'] / 2**20:6.1f} MB" if row["peak_bytes"] is not None else ""
+        if row["kept_bytes"] and peak:
+            peak += f", {(row['peak_bytes'] - row['kept_bytes']) / 2**20:5.1f} beyond its state"
         graph = f"  graph {_time(row['graph_s'])}" if row.get("graph_s") else ""
         more = "".join(f"  {key} {row[key]:.1e}" for key in row if key not in _COLUMNS and isinstance(row[key], float))
         lines.append(
