@@ -83,16 +83,17 @@ class Accumulated:
                 if side in self.cuts:
                     seen = total if self.fold is None else self.fold(name, side, total)
                     rule, mix, normalize = self.cuts[side]
-                    projector = null_space_projector(seen, rule, mix=mix, normalize=normalize)
+                    # "eigh": a thin basis and a countable rank on every device; once a task it may cost what it does
+                    projector = null_space_projector(seen, rule, mix=mix, normalize=normalize, solver="eigh")
                     made.setdefault(name, {})[side] = projector, seen
         return made
 
     def state(self) -> dict[str, Any]:
-        return {"statistics": self.statistics, "images": self.images, "rows": self.rows}
+        return {"statistics": _copied(self.statistics), "images": self.images, "rows": _copied(self.rows)}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         self.statistics = _moved(state["statistics"], device)
-        self.images, self.rows = state["images"], state["rows"]
+        self.images, self.rows = state["images"], _copied(state["rows"])
 
 
 class Grown:
@@ -122,10 +123,14 @@ class Grown:
         return made
 
     def state(self) -> dict[str, Any]:
-        return {"bases": self.bases, "tasks": self.tasks}
+        return {"bases": _copied(self.bases), "tasks": self.tasks}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         self.bases, self.tasks = _moved(state["bases"], device), state["tasks"]
+
+
+def _copied(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: dict(sides) for name, sides in values.items()}
 
 
 def _moved(tensors: dict[str, dict[str, Tensor]], device: torch.device) -> dict[str, dict[str, Tensor]]:
