@@ -16,6 +16,7 @@
 #include "common/simd.h"
 #include "common/tensor_view.h"
 #include "covariance.h"
+#include "orthogonal_qr.h"
 #include "projection.h"
 
 namespace py = pybind11;
@@ -99,6 +100,17 @@ void projected_adam_cuda(int part, const std::vector<std::intptr_t>& pointers, c
 }
 #endif
 
+// -- orthogonal_qr: the fields of QrBatch and QrGradients in their order ----------------------------------------------
+void qr_cpu(const std::array<int64_t, 12>& fields, int dtype, int threads) {
+    const py::gil_scoped_release release;
+    clk::qr_cpu(clk::qr_batch(fields), static_cast<clk::DType>(dtype), threads);
+}
+
+void qr_backward_cpu(const std::array<int64_t, 15>& fields, int dtype, int threads) {
+    const py::gil_scoped_release release;
+    clk::qr_backward_cpu(clk::qr_gradients(fields), static_cast<clk::DType>(dtype), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -114,6 +126,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("update_grams", &update_grams);
     m.def("projected_adam_cpu", &projected_adam_cpu);
+    m.def("qr_cpu", &qr_cpu);
+    m.def("qr_backward_cpu", &qr_backward_cpu);
 #ifdef CLK_CUDA
     m.def("projected_adam_cuda", &projected_adam_cuda);
 #endif

@@ -31,6 +31,15 @@ def _adam_step() -> Arguments:
     return (params, moments[0], moments[1], moments[2], [], steps, *sides, *rates)
 
 
+def _tall() -> torch.Tensor:
+    return torch.randn(2, 5, 3, dtype=torch.float64)
+
+
+def _factors() -> Arguments:
+    q, r = torch.linalg.qr(_tall())
+    return _tall(), torch.randn(2, 3, 3, dtype=torch.float64), q, r, torch.linalg.inv(r).mT.contiguous()
+
+
 SAMPLES: dict[str, Callable[[], Arguments]] = {
     "update_covariance_": _moments,
     "update_covariances_": _many_moments,
@@ -49,6 +58,10 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
         *(torch.tensor(1.0), torch.tensor(0.5), 1),
     ),
     "projected_adam_step_": _adam_step,
+    "qr": lambda: (_tall().requires_grad_(), None),
+    "qr_backward": _factors,
+    "polar": lambda: (_tall().requires_grad_(),),
+    "extend_basis": lambda: (torch.linalg.qr(_tall()[..., :2]).Q, _tall().requires_grad_(), 1e-6),
 }
 
 

@@ -146,6 +146,33 @@ def _adam(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat([p.flatten() for p in params])
 
 
+def _tall(device: torch.device, dtype: torch.dtype, columns: int = 19) -> Tensor:
+    return _normal((3, 131, columns), 11 + columns, device, dtype).requires_grad_()
+
+
+def _with_gradient(x: Tensor, *outputs: Tensor) -> Tensor:
+    """The outputs, and the gradient of a loss that is not the same for all their entries."""
+    loss = torch.stack([(out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum() for out in outputs]).sum()
+    (grad,) = torch.autograd.grad(loss, x)
+    return torch.cat([t.detach().flatten() for t in (*outputs, grad)])
+
+
+def _qr(device: torch.device, dtype: torch.dtype) -> Tensor:
+    a = _tall(device, dtype)
+    return _with_gradient(a, *ops.qr(a))
+
+
+def _polar(device: torch.device, dtype: torch.dtype) -> Tensor:
+    a = _tall(device, dtype)
+    return _with_gradient(a, ops.polar(a))
+
+
+def _extend_basis(device: torch.device, dtype: torch.dtype) -> Tensor:
+    a = _tall(device, dtype)
+    extension = ops.extend_basis(ops.qr(_tall(device, dtype, 40).detach()).q, a)
+    return _with_gradient(a, extension.q, extension.coefficients, extension.r)
+
+
 CASES: dict[str, Case] = {
     "update_covariance_": _covariance,
     "update_covariances_": _covariances,
@@ -156,4 +183,8 @@ CASES: dict[str, Case] = {
     "log_odds_filter": _filter,
     "project": _project,
     "projected_adam_step_": _adam,
+    "qr": _qr,
+    "qr_backward": _qr,
+    "polar": _polar,
+    "extend_basis": _extend_basis,
 }

@@ -19,6 +19,7 @@ __all__ = [
     "backend",
     "expand_head_grams",
     "explain",
+    "extend_basis",
     "log_odds_filter",
     "null_space_projector",
     "orthogonality_penalty",
