@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks, _registry
 from cl_kernels.ops._projector import Projector
-from cl_kernels.ops.null_space import cuda, curves, hard, log_odds, reference, soft, spectral
+from cl_kernels.ops.null_space import cuda, hard, log_odds, reference, soft, spectral
 from cl_kernels.ops.rules import Rule
 
 __all__ = ["Filtered", "log_odds_filter", "null_space_projector", "spectral_projector", "symmetric_eigh"]
@@ -87,8 +87,7 @@ def null_space_projector(
         flat = cov.detach().reshape(-1, size, size)
         if not len(flat):
             return Projector.from_dense(cov.detach().clone())
-        measured = curves.Products(flat, 3, _FILTER) if cov.is_cuda else curves.Spectrum(flat, 3)
-        dense = soft.soft_projector(measured, rule, 3, share, normalize)
+        dense = soft.soft_projector(flat, rule, SHARPNESS["hard"], share, normalize, _FILTER if cov.is_cuda else None)
         return Projector.from_dense(dense.to(cov.dtype).reshape(cov.shape))
     values, vectors = symmetric_eigh(cov)
     return hard.hard_projector(values, vectors, rule, share, normalize)

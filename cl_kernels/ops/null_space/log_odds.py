@@ -75,10 +75,11 @@ def start(cov: Tensor, tau: Tensor, check_psd: bool) -> Start:
     status = torch.where(bad, NOT_FINITE, 0)
     status |= torch.where(~bad & (skew > ASYMMETRY * largest), ASYMMETRIC, 0)
     usable = ~zero & (status == 0)
+    diagonal = double.diagonal(dim1=1, dim2=2) / torch.where(usable, tau, 1.0)[:, None]
+    status |= torch.where(usable & (diagonal.sum(1) > WIDEST[cov.dtype]), TOO_WIDE, 0)
+    usable &= status == 0
     scaled = torch.where(usable[:, None, None], double / torch.where(usable, tau, 1.0)[:, None, None], 0.0)
     scaled = scaled / 2 + scaled.mT / 2  # halves first, so that nothing overflows
-    wide = scaled.diagonal(dim1=1, dim2=2).sum(1) > WIDEST[cov.dtype]
-    status |= torch.where(wide, TOO_WIDE, 0)
     shifts = (1 + GUARD, GUARD) if check_psd else (1 + GUARD,)
     shifted = scaled.mul_(1 - GUARD).repeat(len(shifts), 1, 1).unflatten(0, (len(shifts), -1))
     for part, shift in zip(shifted, shifts, strict=True):
