@@ -214,6 +214,21 @@ def test_sampled_tokens() -> None:
     with CovarianceCollector(nn.Conv2d(1, 1, 2), "conv", token_rate=0.5) as collector:
         collector._model(data(3, 1, 5, 5))
     assert collector.covariances()["weight"].rows == 24
+    collector = CovarianceCollector(token_rate=0.3)
+    for count in (1, 2, 5, 10):  # never none of a batch
+        collector.update("x", data(count, 3))
+    assert collector.covariances()["x"].rows == 1 + 1 + 2 + 3
+
+
+def test_sampling_in_pieces_uses_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that goes through in pieces of 3 rows: 28 of 40 rows, each at most once, weighed as one batch."""
+    monkeypatch.setattr(_rows, "WORKSPACE_BYTES", 3 * 40 * 4)
+    for weighting, scale in (("rows", 1), ("batches", 28)):
+        collector = CovarianceCollector(token_rate=0.7, weighting=weighting)
+        collector.update("x", torch.eye(40))
+        found = collector.covariances()["x"]
+        assert found.rows == 28
+        assert sorted((found.matrix.diagonal() * scale).round().tolist()) == [0] * 12 + [1] * 28
 
 
 def test_direct_update() -> None:

@@ -84,14 +84,40 @@ def _by_kind(kind: str, path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if kind == "cl_kernels.subspace":
         store = SubspaceStore.load(path)
         free = store.capacity()
-        layers = [{**row, "free": free[row["layer"]]} for row in store.report()]
+        layers = [
+            {**row, "tasks_left": _ended(row["tasks_left"]), "free": free[row["layer"]]} for row in store.report()
+        ]
         return {"layers": layers, "provenance": store.provenance}
+    if kind == "cl_kernels.covariances":
+        return {"covariances": _statistics(path)}
     if kind == checkpoint.FORMAT:
         import torch
 
         tree = checkpoint.load(path, fingerprint=metadata.get("fingerprint", ""), device=torch.device("cpu"))
         return {"run": _scalars(tree), "layers": _reported(tree)}
     return {}
+
+
+def _ended(tasks: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return "no end" if tasks == float("inf") else tasks
+
+
+def _statistics(path: Path) -> list[dict[str, Any]]:
+    """Dimension, counts and mean energy of a row for every covariance."""
+    from cl_kernels.subspace import Covariance, load_covariances
+
+    rows = []
+    for name, value in load_covariances(path).items():
+        parts = {"": value} if isinstance(value, Covariance) else {"left": value.left, "right": value.right}
+        for part, moments in parts.items():
+            energy = float(moments.matrix.diagonal().double().sum())
+            rows.append(
+                {"layer": name, "part": part, "dimension": len(moments.matrix), "rows": moments.rows,
+                 "count": moments.count, "centred": moments.centred,
+                 "energy": energy / moments.count if moments.count else None}
+            )  # fmt: skip
+    return rows
 
 
 def _paths(node: Any, path: str = "") -> dict[str, str]:
@@ -163,6 +189,8 @@ def show(facts: dict[str, Any], *, everything: bool) -> None:
     console.print(plain)
     if facts.get("layers"):
         console.print(_layer_table(facts["layers"]))
+    if facts.get("covariances"):
+        console.print(_statistics_table(facts["covariances"]))
     listed = facts["tensors"] if everything else facts["tensors"][:_LISTED]
     table = _console.table("tensor", "shape", "dtype", "norm")
     for tensor in listed:
@@ -174,13 +202,28 @@ def show(facts: dict[str, Any], *, everything: bool) -> None:
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Any:
-    columns = ("layer", "side", "size", "protected", "energy", "condition", "orthogonality error", "free")
+    columns = ("layer", "side", "size", "protected", "energy", "condition", "orthogonality error", "free", "last task",
+               "tasks left")  # fmt: skip
     table = _console.table(*columns)
     for row in layers:
         table.add_row(
             row["layer"], row["side"], str(row["dimension"]), "dense" if row["rank"] is None else str(row["rank"]),
             _number(row["energy"], ".1%"), _number(row["condition"], ".1e"), _number(row["orthogonality_error"], ".1e"),
-            _number(row["free"], ".1%"),
+            _number(row["free"], ".1%"), _number(row.get("added"), "+.3g"), _left(row.get("tasks_left")),
+        )  # fmt: skip
+    return table
+
+
+def _left(tasks: float | str | None) -> str:
+    return tasks if isinstance(tasks, str) else _number(tasks, ".0f")
+
+
+def _statistics_table(rows: list[dict[str, Any]]) -> Any:
+    table = _console.table("covariance of", "part", "size", "rows", "count", "centred", "energy of a row")
+    for row in rows:
+        table.add_row(
+            row["layer"], row["part"] or "-", str(row["dimension"]), str(row["rows"]), f"{row['count']:g}",
+            "yes" if row["centred"] else "no", _number(row["energy"], ".4g"),
         )  # fmt: skip
     return table
 

@@ -85,6 +85,8 @@ class Covariance:
         if not self.rows or not self.count:
             raise ValueError("rows: shrinkage depends on their number, which is unknown or 0")
         d, n = len(self.matrix), self.rows
+        if d == 1:
+            return 0.0  # whatever it were, the result is the same
         second = self.matrix.double() / self.count
         power, energy = float(second.trace()) / d, float(second.square().sum())
         if method == "oas":

@@ -15,6 +15,7 @@ from cl_kernels.subspace._rows import parts
 
 __all__ = ["Moments", "Sums", "unguarded"]
 
+BLOCK_ROWS = 256  # checked at a time: a matrix of 3072 in fp64 and what torch makes of it to check it are 200 MB
 QUARTIC_BYTES = 4 << 20  # rows that are widened to fp64 at a time
 
 
@@ -31,14 +32,15 @@ class Sums(NamedTuple):
 
     def checked(self, name: str) -> Sums:
         """Raise `NonFiniteError` naming the layer and the batch, `SubspaceMismatchError` if not symmetric."""
-        bad = int((~torch.isfinite(self.matrix)).sum()) + int((~torch.isfinite(self.total)).sum())
+        blocks = [slice(first, first + BLOCK_ROWS) for first in range(0, self.matrix.shape[-1], BLOCK_ROWS)]
+        bad = sum(int((~torch.isfinite(x)).sum()) for x in (self.total, *(self.matrix[..., b, :] for b in blocks)))
         if bad or self.first_bad is not None:
             where = "an overflow of the sum" if self.first_bad is None else f"batch {self.first_bad} (counted from 0)"
             raise NonFiniteError(
                 f"{name}: {bad} of {self.matrix.numel() + self.total.numel()} sums are NaN or infinite, "
                 f"the first of them from {where}, of {self.updates} seen"
             )
-        if not torch.equal(self.matrix, self.matrix.mT):
+        if not all(torch.equal(self.matrix[..., b, :], self.matrix[..., :, b].mT) for b in blocks):
             error = float((self.matrix - self.matrix.mT).abs().max())
             raise SubspaceMismatchError(f"{name}: the covariance is not symmetric (by up to {error:.3e})")
         return self

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,14 +16,15 @@ from cl_kernels.subspace._layers import CONVOLUTIONS, Layer
 
 __all__ = ["WORKSPACE_BYTES", "Rows", "checked", "input_rows", "joined", "output_rows", "parts", "token_rows"]
 
-WORKSPACE_BYTES = 32 << 20  # of one copy: two at a time, such as padded images and their patches, stay below 64 MB
+WORKSPACE_BYTES = 16 << 20  # of one copy: padded images and their patches, the piece before and its packed panels: 64
 
 
 class Rows(NamedTuple):
-    """`number` rows [..., d] of one batch, in pieces."""
+    """`number` rows [..., d] of one batch on a device, in pieces."""
 
     number: int
     pieces: Iterable[Tensor]
+    device: torch.device
 
 
 def checked(layer: Layer, x: Any, wanted: int, axis: int = -1) -> Tensor:
@@ -60,13 +62,14 @@ def input_rows(layer: Layer, x: Tensor, skip_tokens: int) -> Rows:
         for n, d, k, s in zip(sizes, module.dilation, module.kernel_size, module.stride, strict=True)
     ]
     number = len(x) * math.prod(places) * int(module.groups)
-    return Rows(number, _patches(module, x, around, places))
+    return Rows(number, _patches(module, x, around, places), x.device)
 
 
 def joined(some: Iterable[Rows]) -> Rows:
     """One batch from several tensors."""
     every = list(some)
-    return Rows(sum(rows.number for rows in every), itertools.chain.from_iterable(rows.pieces for rows in every))
+    pieces = itertools.chain.from_iterable(rows.pieces for rows in every)
+    return Rows(sum(rows.number for rows in every), pieces, every[0].device)
 
 
 def output_rows(layer: Layer, grad: Tensor, skip_tokens: int) -> Rows:
@@ -80,7 +83,7 @@ def token_rows(x: Tensor, skip: int) -> Rows:
     """[..., tokens, d] without the first `skip` tokens (the last -skip if negative), as rows; nothing is copied."""
     sequences = x.unbind() if x.is_nested else (x,)
     kept = [_without(sequence, skip, tokens=x.ndim >= 3) for sequence in sequences]
-    return Rows(sum(rows.shape[:-1].numel() for rows in kept), kept)
+    return Rows(sum(rows.shape[:-1].numel() for rows in kept), kept, x.device)
 
 
 def parts(x: Tensor, limit: int) -> Iterator[Tensor]:

@@ -50,21 +50,18 @@ class Tally:
 
     def add(self, name: str, rows: _rows.Rows) -> None:
         """Add the rows of one batch."""
+        number, pieces = rows.number, rows.pieces
         if self.token_rate < 1:
-            kept = list(self._sampled(rows.pieces))
-            rows = _rows.Rows(sum(piece.shape[:-1].numel() for piece in kept), kept)
-        if not rows.number:
-            return
-        pieces = iter(rows.pieces)
-        first = next(pieces)
-        state = self.state(name, first.device)
-        if isinstance(state, Moments):
-            state.update(self._prepared(itertools.chain((first,), pieces)), rows.number, self.weighting)
+            number, pieces = self._kept(number), self._sampled(pieces)
+        if number:
+            state = self.state(name, rows.device)
+            if isinstance(state, Moments):
+                state.update(self._prepared(pieces), number, self.weighting)
 
     def add_prompt(self, name: str, q: Tensor, mass: Tensor) -> None:
         """Add the queries and prompt columns of one batch."""
         if self.token_rate < 1:
-            chosen = self._sample(q.shape[2], q.device)
+            chosen = self._sample(q.shape[2], self._kept(q.shape[2]), q.device)
             q, mass = q.index_select(2, chosen), mass.index_select(2, chosen)
         state = self.state(name, q.device)
         if isinstance(state, PromptMoments):
@@ -95,16 +92,21 @@ class Tally:
         """Bytes of the state once every layer has been seen."""
         return sum(plan.nbytes(self.dtype) for plan in self.plans.values())
 
+    def _kept(self, rows: int) -> int:
+        """How many of the first `rows` rows of a batch are used."""
+        return max(1, round(self.token_rate * rows)) if rows else 0
+
     def _sampled(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """A random share of the rows of each piece; what is copied of a large one at a time is bounded."""
+        seen = 0
         for piece in pieces:
             for part in _rows.parts(piece, _rows.WORKSPACE_BYTES):
                 flat = part.reshape(-1, part.shape[-1])
-                if len(flat):
-                    yield flat.index_select(0, self._sample(len(flat), flat.device))
+                before, seen = seen, seen + len(flat)
+                if kept := self._kept(seen) - self._kept(before):
+                    yield flat.index_select(0, self._sample(len(flat), kept, flat.device))
 
-    def _sample(self, count: int, device: torch.device) -> Tensor:
-        kept = max(1, round(self.token_rate * count))
+    def _sample(self, count: int, kept: int, device: torch.device) -> Tensor:
         return torch.randperm(count, generator=self._generator)[:kept].sort().values.to(device, non_blocking=True)
 
     def _prepared(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -42,9 +42,9 @@ class CovarianceCollector:
     negative), `centred` subtracts the mean at reading, `eval_mode` switches the model to eval and back.
     `process_group` makes reading a collective call that sums over its processes. `row_dtype` (bfloat16 or float16)
     rounds rows before they are multiplied, which is faster where the processor multiplies 16 bits: the matrix stays
-    positive semi-definite, with noise of 3e-5 of the largest eigenvalue, so it suits rules that cut well above that;
-    float16 overflows past 65504. `shrinkage="ledoit-wolf"` gathers sum |x|^4 and sum |x|^2 x too, which
-    `Covariance.shrunk` needs; it shrinks nothing itself, so that tasks still add up.
+    positive semi-definite, with noise of 3e-5 to 1e-4 of the largest eigenvalue (bfloat16; float16 a tenth of that, but
+    it overflows past 65504), so it suits rules that cut well above that. `shrinkage="ledoit-wolf"` gathers sum |x|^4
+    and sum |x|^2 x too, which `Covariance.shrunk` needs; it shrinks nothing itself, so that tasks still add up.
 
     A module called twice counts twice, except when activation checkpointing recomputes it. Compiled modules run eagerly
     inside the block, because compiled code skips hooks. Nothing waits for the device until results are read, unless the
