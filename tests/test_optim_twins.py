@@ -106,9 +106,11 @@ def test_other_parameters_are_the_same_with_and_without_a_subspace():
 def test_tensor_learning_rate():
     a, b = params(), params()
     rates = [torch.tensor(1e-2), torch.tensor(1e-2)]
-    walk([ProjectedAdamW(a, lr=rates[0]), torch.optim.AdamW(b, lr=rates[1])], [a, b], 5)
-    for rate in rates:
-        rate.mul_(0.5)  # as a scheduler does
+    pair = [ProjectedAdamW(a, lr=rates[0]), torch.optim.AdamW(b, lr=rates[1])]
+    for i in range(5):
+        walk(pair, [a, b], 1, seed=i)
+        for rate in rates:
+            rate.mul_(0.5)  # as a scheduler does
     assert equal(a, b)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_kernels.optim import _shards
 
-__all__ = ["check_memory", "check_state", "found_nonfinite"]
+__all__ = ["check_memory", "check_state", "found_nonfinite", "known_bad"]
 
 
 def check_memory(name: str, parameter: Tensor, tensors: Iterable[Tensor]) -> None:
@@ -61,3 +61,8 @@ def found_nonfinite(
     if found is not None:
         bad = torch.maximum(bad, found.to(device))
     return bad, bad if skipped is None else skipped.to(device) + bad
+
+
+def known_bad(found: Any) -> bool:
+    """Whether the host may know that the step is left out. A scaler that met no gradient hands over a plain 0."""
+    return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found)

@@ -104,7 +104,7 @@ class ProjectedAdam(ProjectedOptimizer):
             found_inf, self._skipped = _gradients.found_nonfinite(
                 [p.grad for _, free, bound, _ in plans for p in (*free, *bound)], found_inf, self._skipped
             )
-            if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+            if _gradients.known_bad(found_inf):
                 return loss
         calls = [  # makes and checks all states before anything is written
             (group, self._bound_lists(group, bound, found_inf is not None), sides)
@@ -152,10 +152,10 @@ class ProjectedAdam(ProjectedOptimizer):
         on_device = on_device or group["capturable"] or bool(group["fused"])
         for p in params:
             state = self.state[p]
-            if not state:
+            if not state:  # all of it or nothing: memory may end in between
+                new = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg"], state["exp_avg_sq"] = new
             if amsgrad:
                 if "max_exp_avg_sq" not in state:
                     state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -85,8 +85,14 @@ class ProjectedSGD(ProjectedOptimizer):
         if self._nonfinite == "skip":
             grads = [p.grad for _, prepared in plans for p, _ in prepared]
             found_inf, self._skipped = _gradients.found_nonfinite(grads, found_inf, self._skipped)
-            if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+            if _gradients.known_bad(found_inf):
                 return loss
+        buffers = {  # all memory that stays is taken before anything is written
+            p: torch.zeros_like(p)
+            for group, prepared in plans
+            for p, sides in prepared
+            if sides is not None and group["momentum"] and self.state[p].get("momentum_buffer") is None
+        }
         for group, prepared in plans:
             free = [p for p, sides in prepared if sides is None]
             if free:
@@ -94,7 +100,7 @@ class ProjectedSGD(ProjectedOptimizer):
         for group, prepared in plans:
             for p, sides in prepared:
                 if sides is not None:
-                    self._bound(group, p, sides, scale, found_inf)
+                    self._bound(group, p, sides, buffers.get(p), scale, found_inf)
         return loss
 
     def _check(self, p: Tensor) -> None:
@@ -122,14 +128,19 @@ class ProjectedSGD(ProjectedOptimizer):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _bound(
-        self, group: dict[str, Any], p: Tensor, sides: tuple[Side, Side], scale: Tensor | None, found: Tensor | None
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        sides: tuple[Side, Side],
+        new_buffer: Tensor | None,
+        scale: Tensor | None,
+        found: Tensor | None,
     ) -> None:
         momentum, state = group["momentum"], self.state[p]
-        buffer = state.get("momentum_buffer")
-        first = buffer is None
-        if momentum and first:
-            buffer = state["momentum_buffer"] = torch.zeros_like(p)
-        weight, direction, buffer = _shards.local(p), _shards.local(p.grad), _shards.local(buffer)
+        first = new_buffer is not None
+        if first:
+            state["momentum_buffer"] = new_buffer
+        weight, direction, buffer = (_shards.local(t) for t in (p, p.grad, state.get("momentum_buffer")))
         found = None if found is None else _shards.local(found).to(weight.device)
         if scale is not None:
             direction = direction / _shards.local(scale)
