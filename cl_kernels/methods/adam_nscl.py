@@ -27,7 +27,8 @@ class AdamNSCLOptions(CutOptions, BodyOptions):
     """Options of `adam-nscl`.
 
     * base: "full" as published, or "prompts", with the statistics of NSP2 and this method's rule and step.
-    * rule: "times:10" leaves free eigenvalues up to 10 times the smallest (published: 10 or 30); see `parse_rule`.
+    * rule: "times:1000" leaves free eigenvalues up to 1000 times the smallest; see `parse_rule`. Published is 10 or 30,
+      for convolutions: of a transformer's layers that leaves a quarter of the directions, and less is learned.
     * floor: the smallest eigenvalue counts as at least this times the largest.
     * normalize: "fro" as the official code, "none" as the paper.
     * eta: weight of the projector against the identity, 1 as published.
@@ -40,7 +41,7 @@ class AdamNSCLOptions(CutOptions, BodyOptions):
     """
 
     base: str = "full"
-    rule: str = "times:10"
+    rule: str = "times:1000"
     floor: float = 1e-10
     statistic: str = "rows"
     accumulation: str = "mean"
