@@ -254,6 +254,31 @@ class TestStatistics:
         assert max(basis.shape[1] for sides in method.memory.bases.values() for basis in sides.values()) <= 5 * 5
 
 
+class TestMemory:
+    @pytest.mark.parametrize("kind", ["accumulated", "grown"])
+    def test_what_was_saved_does_not_change_with_the_memory(self, kind: str) -> None:
+        def fresh() -> memory.Memory:
+            if kind == "grown":
+                return memory.Grown(lambda task, name: 0.9, ("right",), False)
+            return memory.Accumulated({"right": memory.Cut(rules.Energy(0.9))}, "rows")
+
+        found = [{"w": {"right": moment(decaying(task) @ decaying(task).mT, 5)}} for task in range(2)]
+        kept, again = fresh(), fresh()
+        kept.remember(found[0], 1)
+        saved = kept.state()
+        expected = kept.remember(found[1], 1)["w"]["right"][0]
+        again.load(saved, torch.device("cpu"))
+        assert torch.equal(again.remember(found[1], 1)["w"]["right"][0].matrix(), expected.matrix())
+
+    @pytest.mark.parametrize("sides", ["left", "right", "both"])
+    def test_gpm_on_one_side_of_the_prompts(self, sides: str) -> None:
+        method: Any = methods.create("gpm", tiny_model(), base="prompts", sides=sides)
+        train(method, TASKS[0])
+        for name in method.store:
+            left, right = method.store.sides(name)
+            assert (left is not None, right is not None) == (sides != "right", sides != "left")
+
+
 class TestThresholds:
     def test_by_task_and_layer(self) -> None:
         options = GPMOptions(threshold=0.9, increment=0.03, per_layer={"mlp": 0.5, "mlp.fc2": 0.99})
