@@ -138,6 +138,28 @@ def test_inspect_a_subspace(command: Run, store: Path) -> None:
     assert row["orthogonality_error"] < 1e-14
     assert row["free"] == pytest.approx(17 / 24)
     assert rows["prompts.0", "left"]["rank"] == 0
+    assert (row["used"], row["added"], row["tasks_left"]) == (pytest.approx(7 / 24), 7, 2)
+    assert rows["prompts.0", "left"]["tasks_left"] == "no end"
+    assert "tasks left" in " ".join(out.split())
+
+
+def test_inspect_covariances(command: Run, tmp_path: Path) -> None:
+    from cl_kernels.subspace import Covariance, PromptCovariance, save_covariances
+
+    eye = torch.eye(6, dtype=torch.float64)
+    one = Covariance(4 * eye, 8.0, torch.zeros(6, dtype=torch.float64), 8)
+    path = tmp_path / "c.safetensors"
+    save_covariances(path, {"head.weight": one, "prompts.2": PromptCovariance(one, one)})
+    code, out, err = command("inspect", str(path))
+    assert (code, err) == (0, "")
+    for text in ("cl_kernels.covariances", "head.weight", "prompts.2", "right"):
+        assert text in out
+    facts = json.loads(command("inspect", str(path), "--json")[1])["covariances"]
+    assert [(row["layer"], row["part"], row["dimension"], row["rows"], row["energy"]) for row in facts] == [
+        ("head.weight", "", 6, 8, 3.0),
+        ("prompts.2", "left", 6, 8, 3.0),
+        ("prompts.2", "right", 6, 8, 3.0),
+    ]
 
 
 def test_inspect_a_run_checkpoint(command: Run, tmp_path: Path) -> None:

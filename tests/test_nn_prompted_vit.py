@@ -413,6 +413,102 @@ def test_prompt_keys_cost_less_than_prompt_rows() -> None:
     assert operations[0] < 0.5 * operations[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mass_in_pieces_and_without_a_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images go through some at a time, prompts may differ between them, and scores are never rounded to 16 bits."""
+    from cl_kernels.nn import _attention
+
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(5, 2, 9, 16, generator=generator).to(dtype) for _ in range(3))
+    keys, values = torch.cat((k, k[:, :, :3]), 2), torch.cat((v, v[:, :, :3]), 2)
+    exact = (q.double() @ keys.double().mT / 4).softmax(-1)[..., 9:]
+    for piece in (1, 2 * 2 * 9 * 16 * 4, 1 << 30):
+        monkeypatch.setattr(_attention, "PIECE_BYTES", piece)
+        for fused in (_attention._fused, lambda *_: None):
+            with monkeypatch.context() as patch:
+                patch.setattr(_attention, "_fused", fused)
+                _, mass = _attention.attend_with_mass(q, keys, values, k[:, :, :3], 0.25)
+            assert mass.dtype == torch.float32
+            assert (mass.double() - exact).norm() <= (2e-6 if dtype == torch.float32 else 2e-5) * exact.norm()
+
+
+def test_shortened_products_do_not_reach_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch may shorten float32 products to TF32 or bfloat16, the prompts' scores are taken in float64."""
+    from cl_kernels.nn import _attention
+
+    seen: list[torch.dtype] = []
+    plain = torch.matmul
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(a.dtype)
+        return plain(a, b)
+
+    q = torch.randn(2, 2, 5, 8)
+    monkeypatch.setattr(torch, "matmul", watched)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            _, mass = _attention.attend_with_mass(q, q, q, q[:1, :, :2], 0.3)
+            assert mass.dtype == torch.float32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [torch.float32, torch.float64]
+
+
+def test_running_out_of_memory_is_not_taken_for_a_missing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cl_kernels.nn import _attention
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    q = torch.randn(1, 1, 4, 8)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _attention.attend_with_mass(q, q, q, q[:, :, :1], 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 80, 36, 33, 288])
+@pytest.mark.parametrize("tokens", [197, 32, 1])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
+)
+def test_mass_on_a_gpu_for_every_shape(dtype: torch.dtype, bound: float, tokens: int, width: int) -> None:
+    """Heads that flash attention, the memory-efficient kernel or neither takes; strided views of a fused qkv."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from cl_kernels.nn import _attention
+
+    qkv = torch.randn(3, tokens, 3, 4, width, device="cuda").to(dtype).permute(2, 0, 3, 1, 4)
+    prompt = torch.randn(1, 4, 4, width, device="cuda").to(dtype)
+    q, scale = qkv[0], width**-0.5
+    keys, values = (torch.cat((x, prompt.expand(3, -1, -1, -1)), 2) for x in qkv[1:])
+    exact = (q.double() @ keys.double().mT * scale).softmax(-1)
+    out, mass = _attention.attend_with_mass(q, keys, values, prompt, scale)
+    assert mass.shape == (3, 4, tokens, 4)
+    assert (mass.double() - exact[..., tokens:]).norm() <= bound * exact[..., tokens:].norm()
+    assert (out.double() - exact @ values.double()).norm() <= bound * out.double().norm()
+
+
+@pytest.mark.gpu
+def test_both_gpu_kernels_give_the_same_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention serves 16-bit heads; with it taken away the memory-efficient kernel does, and agrees."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from cl_kernels.nn import _attention
+
+    q, k, v = (torch.randn(2, 4, 45, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    exact = (q.double() @ k.double().mT / 8).logsumexp(-1)
+    for widest in (256, 0):
+        monkeypatch.setattr(_attention, "FUSED_HEAD_DIM", widest)
+        found = _attention._fused(q, k, v, 0.125)
+        assert found is not None
+        assert found[1].shape == exact.shape
+        assert found[1].dtype == torch.float32
+        assert (found[1].double() - exact).abs().max() <= 1e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str

@@ -5,11 +5,15 @@ Blocks and attention modules are typed `Any`: they belong to timm, which is impo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FUSED_HEAD_DIM = 256  # the widest head of torch's flash attention; its memory-efficient one has no limit
+PIECE_BYTES = 16 << 20  # of queries that are widened at a time
 
 __all__ = ["attend", "attend_with_mass", "check_block", "effective_key_weight", "finish", "head_dim", "project"]
 
@@ -89,28 +93,72 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, prompt_key: Tensor, scale:
     """
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # autocast would round the scores to 16 bits
         fused = _fused(q.detach(), k.detach(), v.detach(), scale)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        lse = (q @ k.mT).to(wide).mul_(scale).logsumexp(-1) if fused is None else fused[1]
-        scores = torch.matmul(q.detach().to(wide), prompt_key.detach().to(wide).mT).mul_(scale)
-        mass = scores.sub_(lse.to(wide).unsqueeze(-1)).exp_()
+        lse = _log_sum_exp(q, k, scale) if fused is None else fused[1]
+        mass = _columns(q, prompt_key, lse, scale)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     out = attend(q, k, v, scale) if tracked or fused is None else fused[0]
     return out, mass
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp [B, H, N] from torch's own kernels, looked up at run time; None where there is none."""
-    aten: Any = torch.ops.aten
+def _columns(q: Tensor, prompt_key: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """exp(scale q k_P^T - lse), from products that are exact to float32, some images at a time."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    product = dtype if _float32_products_are_exact(q.device) else torch.float64
+    wide_key = prompt_key.to(product).mT
+    mass = q.new_empty((*q.shape[:3], prompt_key.shape[2]), dtype=dtype)
+    one = max(1, q[:1].numel() * product.itemsize)
+    for first in range(0, len(q), max(1, PIECE_BYTES // one)):
+        some = slice(first, first + max(1, PIECE_BYTES // one))
+        key = wide_key if len(wide_key) == 1 else wide_key[some]
+        scores = torch.matmul(q[some].to(product), key).mul_(scale)
+        mass[some] = scores.sub_(lse[some].to(product).unsqueeze(-1)).exp_()
+    return mass
+
+
+def _log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """log of the softmax' denominators [B, H, N] from the map itself, one image at a time."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=wide)
+    for image, (one, keys) in enumerate(zip(q, k, strict=True)):
+        torch.logsumexp((one.to(wide) @ keys.to(wide).mT).mul_(scale), -1, out=lse[image])
+    return lse
+
+
+def _float32_products_are_exact(device: torch.device) -> bool:
+    """Whether torch may not shorten float32 products: TF32 on a GPU, bfloat16 on a CPU, cost 1e-3 of a softmax."""
     try:
-        if q.device.type == "cpu":
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        elif q.device.type == "cuda":
-            out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
-        else:
-            return None
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
-        return None
-    return out, lse[..., : q.shape[-2]]  # CUDA pads the rows of the log-sum-exp to a multiple of 32
+        allowed = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return not allowed and torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through the newer fp32_precision names, which refuse to be read through the older ones
+        return False
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp [B, H, N] from torch's own kernels, looked up at run time; None where there is none.
+
+    On CUDA flash attention takes 16-bit heads up to 256 wide (a multiple of 8, which it pads to itself only through the
+    public function) on sm_80 and later; the memory-efficient kernel takes float32 as well and any width. Both give
+    the natural log of the sum of exp(scale q k), in float32; the latter pads its rows to a multiple of 32. float64 has
+    neither. What a kernel refuses falls to the next, and out of memory to the caller.
+    """
+    aten: Any = torch.ops.aten
+    calls: list[Callable[[], tuple[Tensor, Tensor]]] = []
+    if q.device.type == "cpu":
+        calls = [lambda: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[:2]]
+    elif q.device.type == "cuda" and 0 not in q.shape:
+        half, width = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1]
+        if half and width % 8 == 0 and width <= FUSED_HEAD_DIM:
+            calls.append(lambda: aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2])
+        calls.append(lambda: aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2])
+    for call in calls:
+        try:
+            out, lse = call()
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+            continue
+        return out, lse[..., : q.shape[-2]]
+    return None
 
 
 def finish(attention: Any, mixed: Tensor, tokens: Tensor) -> Tensor:
