@@ -164,7 +164,7 @@ def block_inputs(rows: int, width: int, blocks: int) -> Case:
         flops=sum(x.shape[0] * x.shape[1] * (x.shape[1] + 1.0) for _, x in layers),
         kept_bytes=state,
         read=sums,
-        notes={"reading": "a pass is the updates alone; covariances() copies the state once, after the last batch"},
+        notes={"reading": "a pass is the updates and the reading, which copies nothing"},
     )
 
 
