@@ -47,14 +47,17 @@ def rates() -> dict[str, float]:
 
 def times(
     variants: dict[str, Callable[[], Any]],
+    first: dict[str, float],
     rounds: int = 7,
     *,
     slice_s: float = 0.05,
     budget_s: float = 30.0,
 ) -> dict[str, dict[str, Any]]:
-    """Minimum and median CPU time, minimum wall time, peak extra memory; 3 rounds where they are long."""
-    quickest = {name: best(call, 1) for name, call in variants.items()}
-    quickest = {name: best(call, 3) if quickest[name] < 0.3 else quickest[name] for name, call in variants.items()}
+    """Minimum and median CPU time, minimum wall time, peak extra memory; at least 3 rounds where they are long.
+
+    `first`: CPU seconds of a first call, which say how many calls and rounds are wanted.
+    """
+    quickest = {name: first[name] if first[name] > 0.3 else best(call, 3) for name, call in variants.items()}
     calls = {name: max(1, round(slice_s / max(seconds, 1e-7))) for name, seconds in quickest.items()}
     rounds = max(min(rounds, 3), min(rounds, int(budget_s / max(sum(quickest.values()), 1e-3))))
     cpu: dict[str, list[float]] = {name: [] for name in variants}

@@ -67,9 +67,12 @@ class Case:
     slow: bool = False
     kept_bytes: dict[str, int] = field(default_factory=dict)
 
-    def check(self, name: str) -> dict[str, float]:
-        """Call a variant once: its error and measures. Raises `ValueError` where one of them is too large."""
-        output = self.read(self.variants[name]())
+    def check(self, name: str) -> tuple[dict[str, float], float]:
+        """Call a variant once: its error and measures, and the call's CPU seconds. Raises `ValueError` where one of them is too large."""
+        start = time.process_time()
+        output = self.variants[name]()
+        seconds = time.process_time() - start
+        output = self.read(output)
         expected = self.expected[name] if isinstance(self.expected, dict) else self.expected
         allowed = {"error": self.tolerance[name] if isinstance(self.tolerance, dict) else self.tolerance}
         found = {"error": error(output, expected)} | {key: call(output) for key, call in self.measures.items()}
@@ -78,7 +81,7 @@ class Case:
         for key, most in allowed.items():
             if not found[key] <= most:
                 raise ValueError(f"{self.name}: {name} is wrong, {key} {found[key]:.1e} > {most:.1e}; nothing timed")
-        return found
+        return found, seconds
 
 
 @dataclass(frozen=True)
@@ -161,15 +164,16 @@ def measure(case: Case, rates: Rates, *, device: str = "cpu", rounds: int = 7) -
     """
     failed: dict[str, str] = {}
     found: dict[str, dict[str, float]] = {}
+    first: dict[str, float] = {}
     for name in case.variants:
         try:
-            found[name] = case.check(name)
+            found[name], first[name] = case.check(name)
         except Exception as problem:
             if device == "cpu":
                 raise
             failed[name] = f"{type(problem).__name__}: {problem}".partition("\n")[0][:300]
     variants = {name: case.variants[name] for name in found}
-    columns = cuda_timing.times(variants) if device == "cuda" else cpu_timing.times(variants, rounds)
+    columns = cuda_timing.times(variants) if device == "cuda" else cpu_timing.times(variants, first, rounds)
     floor = rates.floor(case)
     clock = "median_s" if device == "cuda" else "min_s"
     ours = columns["ours"][clock] if "ours" in columns else None
