@@ -68,7 +68,7 @@ class Case:
     kept_bytes: dict[str, int] = field(default_factory=dict)
 
     def check(self, name: str) -> tuple[dict[str, float], float]:
-        """Call a variant once: its error and measures, and the call's CPU seconds. Raises `ValueError` where one of them is too large."""
+        """Call a variant once: its error and measures, and CPU seconds. Raises `ValueError` where one is too large."""
         start = time.process_time()
         output = self.variants[name]()
         seconds = time.process_time() - start
