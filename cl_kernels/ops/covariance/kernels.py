@@ -76,7 +76,7 @@ def cl_gram_strips(
         there = step + at < rows
         place = x + (offsets[:, None] + column_offsets[None, :])
         if ALIGNED > 1:
-            place = tl.multiple_of(place, [16, 16])
+            place = tl.multiple_of(place, [1, 16])
         plain = tl.load(place, mask=there[:, None] & (column < size)[None, :], other=0.0).to(tl.float32)
         w = tl.load(weight + step + at, mask=step + at < weights_there, other=1.0)
         tile = plain * w[:, None]
@@ -146,8 +146,8 @@ def cl_gram_tiles(
         left_place = x + (offsets[:, None] + left_offsets[None, :])
         right_place = x + (offsets[:, None] + right_offsets[None, :])
         if ALIGNED > 1:
-            left_place = tl.multiple_of(left_place, [16, 16])
-            right_place = tl.multiple_of(right_place, [16, 16])
+            left_place = tl.multiple_of(left_place, [1, 16])
+            right_place = tl.multiple_of(right_place, [1, 16])
         a = tl.load(left_place, mask=there[:, None] & (left < size)[None, :], other=0.0)
         b = tl.load(right_place, mask=there[:, None] & (right < size)[None, :], other=0.0)
         if SPLIT:
