@@ -16,8 +16,7 @@ from cl_kernels.methods import _memory as memory
 from cl_kernels.methods.adam_nscl import AdamNSCLOptions, BatchMeans
 from cl_kernels.methods.gpm import GPMOptions, subset
 from cl_kernels.ops import rules
-from cl_kernels.subspace import Covariance, CovarianceCollector
-from cl_kernels.subspace.growth import grow_basis
+from cl_kernels.subspace import Covariance, CovarianceCollector, grow_basis
 
 F64 = torch.float64
 TASKS64 = tuple(Toy(task.index, task.classes, dtype=F64) for task in TASKS)  # in float32 rounding of p + dp hides leaks

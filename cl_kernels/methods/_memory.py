@@ -14,10 +14,9 @@ from torch import Tensor
 from cl_kernels.ops import Projector
 from cl_kernels.ops.null_space import null_space_projector
 from cl_kernels.ops.rules import Rule
-from cl_kernels.subspace import Covariance
+from cl_kernels.subspace import Covariance, grow_basis
 from cl_kernels.subspace._algebra import Form
 from cl_kernels.subspace._merge import freed
-from cl_kernels.subspace.growth import grow_basis
 
 __all__ = ["Accumulated", "Cut", "Found", "Grown", "Made", "Memory"]
 
