@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cl_kernels.ops._projector import Projector
@@ -41,10 +42,13 @@ def hard_projector(values: Tensor, vectors: Tensor, rule: Rule, mix: float, norm
     if any(one.free == 0 for one in kept):
         notes.frozen(rule, mix)
     columns = max((one.columns for one in kept), default=0)
-    basis = vectors.new_zeros(len(kept), size, columns)
-    for target, one, source in zip(basis, kept, vectors.reshape(-1, size, size), strict=True):
-        target[:, : one.columns] = source[:, one.first : one.first + one.columns]
-    basis = basis.reshape(*values.shape, columns)
+    if len({(one.first, one.columns) for one in kept}) == 1:
+        basis = vectors.narrow(-1, kept[0].first, columns).clone(memory_format=torch.contiguous_format)
+    else:
+        basis = vectors.new_zeros(len(kept), size, columns)
+        for target, one, source in zip(basis, kept, vectors.reshape(-1, size, size), strict=True):
+            target[:, : one.columns] = source[:, one.first : one.first + one.columns]
+        basis = basis.reshape(*values.shape, columns)
     if values.ndim == 1:
         return Projector(basis, kept[0].identity, kept[0].span)
     scalars = values.new_tensor([[one.identity, one.span] for one in kept]).reshape(-1, 2).T
