@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {
     "continual": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data"},
     "cli": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data", "continual"},
 }
-OPS_SHARED = {"_registry", "_native", "_checks", "_tuning", "_triton", "_projector", "rules"}
+OPS_SHARED = {"_registry", "_native", "_checks", "_precision", "_tuning", "_triton", "_projector", "rules"}
 TRITON_FILES = {"kernels.py", "_triton.py"}  # loaded when a kernel is first asked for
 HARD_DEPENDENCIES = {"torch", "numpy", "safetensors"}
 EXTRAS = {
