@@ -302,6 +302,26 @@ def test_layers_that_nothing_reached_are_named() -> None:
         assert list(collector.covariances()) == ["used.weight"]
 
 
+def test_inputs_may_be_written_over_after_the_call() -> None:
+    """Why each hook adds its rows at once: nothing is kept for a grouped launch later."""
+
+    class Reusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            buffer = x.clone()
+            out = self.fc(buffer)
+            buffer.zero_()
+            return out
+
+    model, x = Reusing(), data(4, 5)
+    with CovarianceCollector(model) as collector, torch.no_grad():
+        model(x)
+    assert close(collector.covariances()["fc.weight"].matrix, gram(x))
+
+
 def test_keyword_inputs_count() -> None:
     layer = nn.Linear(3, 3)
     with CovarianceCollector(layer) as collector:

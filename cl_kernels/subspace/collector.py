@@ -17,6 +17,7 @@ from cl_kernels.subspace import _layers, _multihead, _rows
 from cl_kernels.subspace._covariance import Shrinkage
 from cl_kernels.subspace._moments import unguarded
 from cl_kernels.subspace._names import checked_name
+from cl_kernels.subspace._options import check_options
 from cl_kernels.subspace._plans import Plan, prompt_plans
 from cl_kernels.subspace._tally import Tally, Weighting
 from cl_kernels.subspace.prompts import Prompted
@@ -74,7 +75,7 @@ class CovarianceCollector:
         row_dtype: torch.dtype | None = None,
         shrinkage: Shrinkage | None = None,
     ) -> None:
-        _check_options(what, weighting, dtype, token_rate, row_dtype, shrinkage)
+        check_options(what, weighting, dtype, token_rate, row_dtype, shrinkage)
         self.what, self.process_group, self.centred = what, process_group, centred
         self.skip_tokens, self.eval_mode = skip_tokens, eval_mode
         self._quartic = shrinkage == "ledoit-wolf"
@@ -240,33 +241,6 @@ class CovarianceCollector:
         if not isinstance(self._model, Prompted):
             raise ValueError("model: what='prompt' needs a model with prompts, such as PromptedViT")
         return self._model
-
-
-def _check_options(
-    what: str,
-    weighting: str,
-    dtype: torch.dtype,
-    token_rate: float,
-    row_dtype: torch.dtype | None,
-    shrinkage: str | None,
-) -> None:
-    if what not in ("input", "output_grad", "prompt"):
-        raise ValueError(f"what: expected 'input', 'output_grad' or 'prompt', got {what!r}")
-    if weighting not in ("rows", "batches"):
-        raise ValueError(f"weighting: expected 'rows' or 'batches', got {weighting!r}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    if not 0 < token_rate <= 1:
-        raise ValueError(f"Invalid token_rate value: {token_rate} (expected 0 < token_rate <= 1)")
-    if row_dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"row_dtype: expected None, torch.bfloat16 or torch.float16, got {row_dtype}")
-    if shrinkage not in (None, "oas", "ledoit-wolf"):
-        raise ValueError(f"shrinkage: expected None, 'oas' or 'ledoit-wolf', got {shrinkage!r}")
-    if shrinkage == "ledoit-wolf" and (what == "prompt" or weighting == "batches"):
-        raise ValueError(
-            "shrinkage: 'ledoit-wolf' needs the rows themselves, all of one weight; head Grams (what='prompt') and "
-            "weighting='batches' go with 'oas'"
-        )
 
 
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:

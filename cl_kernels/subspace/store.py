@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
@@ -11,19 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels._version import __version__
-from cl_kernels.errors import CheckpointError, NonFiniteError, SubspaceError, SubspaceMismatchError
+from cl_kernels.errors import NonFiniteError, SubspaceError, SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
-from cl_kernels.subspace import _algebra, _files
+from cl_kernels.subspace import _algebra, _store_files
 from cl_kernels.subspace._merge import OnFull, check_on_full, merged
 from cl_kernels.subspace._names import checked_name, plain_name
 from cl_kernels.subspace._report import SideReport, side_reports
 from cl_kernels.subspace._state import flatten, tensor_versions, unflatten
 
 __all__ = ["SideReport", "SubspaceStore"]
-
-FORMAT = "cl_kernels.subspace"
-VERSION = 2  # 1 did not know what the last task added
 
 
 class SubspaceStore(MutableMapping[str, Projector | Sides]):
@@ -240,43 +235,17 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file atomically; a tensor that several names share is written once. Raises `OSError`."""
-        tensors: dict[str, Tensor] = {}
-        ties: dict[str, str] = {}
-        first: dict[tuple[Any, ...], str] = {}
-        for key, tensor in self.state_dict().items():
-            identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            if tensor.numel() > 1 and identity in first:
-                ties[key] = first[identity]
-                continue
-            first[identity] = key
-            tensors[key] = tensor
-        header = {
-            "library": f"cl_kernels {__version__}",
-            "ties": json.dumps(ties),
-            "names": json.dumps(list(self)),
-            "provenance": json.dumps(self.provenance),
-        }
-        _files.save_tensors(path, tensors, kind=FORMAT, version=VERSION, metadata=header)
+        _store_files.write(path, self.state_dict(), list(self), self.provenance)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SubspaceStore:
         """Read a file that `save` wrote; nothing in it is executed. Raises `CheckpointError` for any other file."""
-        tensors, header = _files.load_tensors(path, kind=FORMAT, version=VERSION, device=device)
+        state, names, provenance = _store_files.read(path, device)
         store = cls()
         try:
-            for key, source in json.loads(header["ties"]).items():
-                tensors[key] = tensors[source]
-            store.load_state_dict(tensors)
-            store._entries = {name: store._entries[name] for name in json.loads(header["names"])}
-            store.provenance = {str(key): str(value) for key, value in json.loads(header["provenance"]).items()}
-        except (
-            SubspaceError,
-            SubspaceMismatchError,
-            NonFiniteError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-        ) as error:
-            raise CheckpointError(f"{path}: its contents are not those of a subspace store: {error}") from error
+            store.load_state_dict(state)
+            store._entries = {name: store._entries[name] for name in names}
+        except (SubspaceError, SubspaceMismatchError, NonFiniteError, ValueError, TypeError, KeyError) as error:
+            raise _store_files.refusal(path, error) from error
+        store.provenance = provenance
         return store
