@@ -287,7 +287,7 @@ class ContinualModel(nn.Module):
 
 
 class NSP(ContinualModel):
-    """The recipe of docs/optimizers.md, word for word but for the covariances' loader."""
+    """The recipe of docs/optimizers.md."""
 
     def __init__(self, net: nn.Module, args: Namespace) -> None:
         object.__setattr__(self, "store", SubspaceStore())

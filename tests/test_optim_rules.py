@@ -44,6 +44,7 @@ that need a GPU say so. `test_the_table_names_tests_that_exist` reads this table
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import os
@@ -141,6 +142,19 @@ def test_the_table_names_tests_that_exist() -> None:
         for file, name in tests:
             text = (TESTS / f"{file}.py").read_text(encoding="utf-8")
             assert f"def {name}(" in text or f"def {name}(" in here, f"{row}: {file}.py has no {name}"
+
+
+def test_the_documentation_is_python_and_names_what_exists() -> None:
+    import cl_kernels.integrations as integrations  # noqa: PLC0415
+    from cl_kernels import optim  # noqa: PLC0415
+
+    text = (TESTS.parent / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 8
+    for block in blocks:
+        ast.parse(block)
+    for name in set(re.findall(r"\b(?:Projected\w+|project_updates|SubspacePlugin|named_groups)\b", text)):
+        assert any(hasattr(place, name) for place in (optim, integrations.timm, integrations.avalanche)), name
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
