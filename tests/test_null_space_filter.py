@@ -152,6 +152,22 @@ def test_torch_is_not_allowed_to_shorten_the_products(precision):
     assert spectra.deviation(projector, cov, lambda value: spectral.response(value / tau, 3)) <= 2e-6
 
 
+@pytest.mark.parametrize(("exact", "dtype"), [(True, torch.float32), (False, F64)])
+def test_products_are_float64_where_torch_would_shorten_them(monkeypatch, exact, dtype):
+    """What the test above cannot show on a processor that has no short products."""
+    seen, multiply = set(), log_odds.product
+    monkeypatch.setattr(log_odds, "float32_products_are_exact", lambda _: exact)
+    monkeypatch.setattr(log_odds, "product", lambda a, *rest: (seen.add(a.dtype), multiply(a, *rest))[1])
+    assert log_odds_filter(with_spectrum(torch.logspace(0, -3, 8)), 1e-2).projector.dtype == torch.float32
+    assert seen == {dtype}
+
+
+def test_a_slightly_asymmetric_matrix_counts_as_its_symmetric_part():
+    cov = with_spectrum(torch.logspace(0, -3, 40, dtype=F64))
+    bent = cov + 1e-5 * float(cov.abs().max()) * torch.rand(40, 40, dtype=F64)
+    assert relative(filtered(bent, 1e-2)[0], filtered((bent + bent.mT) / 2, 1e-2)[0]) <= 1e-6
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_every_number_of_steps(steps):
     cov = with_spectrum(torch.logspace(0, -5, 64, dtype=F64))
