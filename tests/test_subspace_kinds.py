@@ -326,6 +326,7 @@ def test_models_compiled_inside_the_block_stop_counting_at_its_end(monkeypatch: 
         fast(x)
     assert collector.covariances()["0.weight"].rows == 6
     fast(x)
+    collector._on_input(collector._layers[0])(model[0], (x,), {})  # as code that kept the hook would
     assert collector.covariances()["0.weight"].rows == 6
 
 
