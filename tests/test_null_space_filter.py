@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import spectra  # found through the line above
 
 import cl_kernels as clk
-from cl_kernels.ops import log_odds_filter, null_space_projector, spectral_projector, symmetric_eigh
+from cl_kernels.ops import _registry, log_odds_filter, null_space_projector, spectral_projector, symmetric_eigh
 from cl_kernels.ops.null_space import curves, log_odds, reference, soft, spectral, thresholds
 from cl_kernels.ops.rules import (
     Energy,
@@ -120,6 +120,7 @@ def test_dynamic_range(name, ratio, leak):
         else:
             assert spectra.leak(projector, cov, 1.0) <= leak
             assert spectra.excess(projector, cov, 1.0) <= 1.05
+            assert spectra.deviation(projector, cov, lambda value: spectral.response(value, 3)) <= 2e-6
     assert spectra.leak(spectral_projector(cov, 1.0), cov, 1.0) <= 1e-2
 
 
@@ -277,6 +278,13 @@ def test_nothing_waits_for_the_device():
         assert (projector.shape, status.shape) == ((3, 16, 16), (3,))
         thresholds_of = curves.Products(cov, 3, log_odds.log_odds_filter)
         assert thresholds_of.largest().shape == thresholds_of.smallest().shape == (3,)
+
+
+@pytest.mark.parametrize("previous", [None, torch.eye(3).expand(2, 3, 3)])
+def test_opcheck(previous):
+    covs = torch.stack([with_spectrum(torch.logspace(0, -3, 3)), torch.full((3, 3), torch.nan, dtype=F64)])
+    arguments = (covs, torch.ones(2, dtype=F64), 3, previous, previous is None)
+    torch.library.opcheck(_registry.OPS["log_odds_filter"].overload, arguments)
 
 
 def test_compiles_in_one_graph():

@@ -106,7 +106,7 @@ def spectral_projector(
     symmetric to the last bit. Not differentiable.
 
     On a CPU f is taken of float64 eigenvalues, which is the faster way there. On CUDA it is `log_odds_filter`, right to
-    1e-6 in the 2-norm, and what that reports as failed is solved again by float64 eigh (a WARNING of the logger
+    2e-6 in the 2-norm, and what that reports as failed is solved again by float64 eigh (a WARNING of the logger
     "cl_kernels.ops.null_space" says so, once). In a captured CUDA graph nothing can be solved again: a matrix that
     fails there gives 0, which blocks the update.
 
@@ -136,17 +136,17 @@ def log_odds_filter(
     """`spectral_projector` without an eigensolver and without waiting for the device, so that a CUDA graph can hold it.
 
     One float64 Cholesky factorisation gives s = (7/8)(tau - C) / ((9/8) tau + (7/8) C), and each step sharpens it by
-    the quintic a s + b s^3 + c s^5, three symmetric products; P = (1 + s) / 2. Right to 1e-6 in the 2-norm up to
-    trace/tau = 1e6, and to 1e-3 at the limits below.
+    the quintic a s + b s^3 + c s^5, three symmetric products; P = (1 + s) / 2. Right to 2e-6 in the 2-norm; a
+    protected direction leaks 1e-9 tau where lambda/tau is 1e4, and 1e-4 tau at the limits below.
 
     The status of a matrix is 0, or a sum of: 1 the matrix or tau is not finite, or tau is not > 0; 2 and 4 an
-    eigenvalue lies below -tau or -tau/7 (4 only with `check_psd`, for a second factorisation); 8 trace/tau is above
+    eigenvalue lies below -9/7 tau or -tau/7 (4 only with `check_psd`, for a second factorisation); 8 trace/tau is above
     1e10 (1e7 for a float32 `cov`), where rounding errors of C itself count; 16 an entry of P exceeds 1; 32 C is not
     symmetric. A matrix that failed gives its `previous` projector, or 0, which blocks the update; never the identity.
     A zero matrix gives the identity, whatever tau is. Not differentiable.
 
-    Raises `ValueError` for shapes and dtypes only. Cost: d^3 for factorisation and inverse, 2/3 more with `check_psd`,
-    and 2 d^3 a product (half of it by the Triton kernel).
+    Raises `ValueError` for shapes and dtypes only. Cost: 3.3 d^3 operations in float64 for factorisation and inverse,
+    d^3/3 more with `check_psd`, and 2 d^3 a product (half of that by the Triton kernel).
     """
     steps, taus = _steps(sharpness), _taus(cov, tau)
     if previous is not None:
