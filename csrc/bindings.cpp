@@ -64,39 +64,31 @@ void update_grams(const std::vector<std::array<int64_t, 13>>& fields, double alp
 
 // -- projection: the flat lists of projection.h, then the settings of AdamSettings ------------------------------------
 void projected_adam_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
-                        const std::vector<double>& numbers, int dtype, double lr, double beta1, double beta2,
-                        double eps, double weight_decay, bool decoupled, bool project_decay, double grad_factor,
-                        int threads) {
+                        const std::vector<double>& numbers, double lr, double beta1, double beta2, double eps,
+                        double weight_decay, bool decoupled, bool project_decay, double grad_factor, int threads) {
     const py::gil_scoped_release release;
     const clk::AdamSettings settings{lr, beta1, beta2, eps, weight_decay, decoupled, project_decay, grad_factor};
-    clk::projected_adam_cpu(clk::projected_parameters(pointers, sizes, numbers), static_cast<clk::DType>(dtype),
-                            settings, threads);
+    clk::projected_adam_cpu(clk::projected_parameters(pointers, sizes, numbers), settings, threads);
 }
 
 #ifdef CLK_CUDA
 // part: 0 everything, for small parameters; 1 the update of large ones into the workspace; 2 the update onto the
 // weights.
 void projected_adam_cuda(int part, const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
-                         const std::vector<double>& numbers, int weight, int moment, double lr, double beta1,
-                         double beta2, double eps, double weight_decay, bool decoupled, bool project_decay,
-                         double grad_factor, std::intptr_t lr_tensor, bool lr_is_double, std::intptr_t grad_scale,
-                         std::intptr_t found_inf, std::intptr_t scales, bool whole, std::intptr_t workspace,
-                         std::intptr_t stream) {
+                         const std::vector<double>& numbers, double lr, double beta1, double beta2, double eps,
+                         double weight_decay, bool decoupled, bool project_decay, double grad_factor,
+                         std::intptr_t lr_tensor, bool lr_is_double, std::intptr_t grad_scale, std::intptr_t found_inf,
+                         std::intptr_t scales, bool whole, std::intptr_t workspace, std::intptr_t stream) {
     const py::gil_scoped_release release;
     const clk::AdamSettings settings{lr, beta1, beta2, eps, weight_decay, decoupled, project_decay, grad_factor};
     const clk::StepTensors tensors{clk::pointer<const void>(lr_tensor),   lr_is_double,
                                    clk::pointer<const float>(grad_scale), clk::pointer<const float>(found_inf),
                                    clk::pointer<const double>(scales),    whole};
     const std::vector<clk::ProjectedParameter> parameters = clk::projected_parameters(pointers, sizes, numbers);
-    const auto w = static_cast<clk::DType>(weight), m = static_cast<clk::DType>(moment);
-    float* const space = clk::pointer<float>(workspace);
-    if (part == 0) {
-        clk::projected_adam_cuda(parameters, w, m, settings, tensors, space, stream);
-    } else if (part == 1) {
-        clk::projected_adam_elements_cuda(parameters, w, m, settings, tensors, space, stream);
-    } else {
-        clk::projected_adam_apply_cuda(parameters, w, settings, tensors, space, stream);
-    }
+    const auto step = part == 0   ? clk::projected_adam_cuda
+                      : part == 1 ? clk::projected_adam_elements_cuda
+                                  : clk::projected_adam_apply_cuda;
+    step(parameters, settings, tensors, clk::pointer<void>(workspace), stream);
 }
 #endif
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "projection.h"
 #include "projection_math.h"
@@ -16,32 +17,49 @@
 namespace clk {
 
 #ifndef __CUDACC__
-inline float load(const float* p) { return *p; }
-inline void store(float* p, float x) { *p = x; }
+template <typename W>
+inline auto load(const W* p) {
+    return to_float(*p);
+}
+inline void store(double* p, double x) { *p = x; }
+template <typename W>
+inline void store(W* p, float x) {
+    *p = from_float<W>(x);
+}
 #endif
 
-// As ProjectionSide, with float matrices and scales. `form` is a SideForm.
-struct BlockSide {
-    const float* matrix;
-    int64_t rank, row_stride, column_stride;
-    float identity, span;
-    int form;
+// Rows of the update that share each value read from a basis: the bases are most of what a step of few rows reads.
+inline constexpr int kRows = 4;
 
-    CLK_HOST_DEVICE float operator()(int64_t row, int64_t column) const {
+// Doubles are computed with in double, everything else in float.
+template <typename S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+// As ProjectionSide, with matrix and scales of the compute type.
+template <typename T>
+struct BlockSide {
+    const T* matrix;
+    int64_t rank, row_stride, column_stride;
+    T identity, span;
+    SideForm form;
+
+    CLK_HOST_DEVICE T operator()(int64_t row, int64_t column) const {
         return matrix[row * row_stride + column * column_stride];
     }
+    CLK_HOST_DEVICE bool thin() const { return form == SideForm::basis || form == SideForm::twice; }
 };
 
-// W holds the weight and its gradient, S the moments. `u` and `other` hold rows x columns values, `inner` the larger of
-// rows x rank (right) and rank x columns (left).
+// W holds the weight and its gradient, S the moments. `u`, `other` and (where a side is applied twice) `rest` hold rows
+// x columns values, `inner` the larger of rows x rank (right) and rank x columns (left).
 template <typename W, typename S>
 struct BlockWork {
+    using T = Compute<S>;
     W* weight;
     const W* grad;
     S *exp_avg, *exp_avg_sq, *largest;
     int64_t rows, columns;
-    BlockSide left, right;
-    float *u, *other, *inner;
+    BlockSide<T> left, right;
+    T *u, *other, *rest, *inner;
 };
 
 // One parameter as a kernel gets it.
@@ -52,14 +70,34 @@ struct BlockEntry {
     float* step;
     double steps;
     int64_t rows, columns, first_block, blocks;  // a block for each matrix of a batch
-    BlockSide left, right;
+    ProjectionSide left, right;
     const double* scales;  // identity and span of both sides on the device, or null
-    float* workspace;
-    int64_t inner;
+    int64_t workspace;     // where its part begins, in values
 };
 
+// Values of workspace that each matrix of a parameter needs: the update alone, or all that its block writes on the way.
+CLK_HOST_DEVICE inline int64_t matrix_values(int64_t rows, int64_t columns, const ProjectionSide& left,
+                                             const ProjectionSide& right, bool whole) {
+    if (whole) return rows * columns;
+    const int64_t a = rows * right.rank, b = left.rank * columns;
+    const bool twice = left.form == SideForm::twice || right.form == SideForm::twice;
+    return (twice ? 3 : 2) * rows * columns + (a > b ? a : b);
+}
+
+template <typename T>
+CLK_HOST_DEVICE inline BlockSide<T> block_side(const ProjectionSide& s, const double* scales) {
+    return {static_cast<const T*>(s.matrix),
+            s.rank,
+            s.row_stride,
+            s.column_stride,
+            static_cast<T>(scales ? scales[0] : s.identity),
+            static_cast<T>(scales ? scales[1] : s.span),
+            s.form};
+}
+
 template <typename W, typename S>
-CLK_HOST_DEVICE inline BlockWork<W, S> block_work(const BlockEntry& e, int64_t matrix) {
+CLK_HOST_DEVICE inline BlockWork<W, S> block_work(const BlockEntry& e, int64_t matrix, void* workspace) {
+    using T = Compute<S>;
     const int64_t size = e.rows * e.columns, begin = matrix * size;
     BlockWork<W, S> w;
     w.weight = static_cast<W*>(e.weight) + begin;
@@ -69,39 +107,17 @@ CLK_HOST_DEVICE inline BlockWork<W, S> block_work(const BlockEntry& e, int64_t m
     w.largest = e.largest ? static_cast<S*>(e.largest) + begin : nullptr;
     w.rows = e.rows;
     w.columns = e.columns;
-    w.left = e.left;
-    w.right = e.right;
-    if (e.scales) {
-        w.left.identity = static_cast<float>(e.scales[0]);
-        w.left.span = static_cast<float>(e.scales[1]);
-        w.right.identity = static_cast<float>(e.scales[2]);
-        w.right.span = static_cast<float>(e.scales[3]);
-    }
-    w.u = e.workspace + matrix * (2 * size + e.inner);
+    w.left = block_side<T>(e.left, e.scales);
+    w.right = block_side<T>(e.right, e.scales ? e.scales + 2 : nullptr);
+    w.u = static_cast<T*>(workspace) + e.workspace + matrix * matrix_values(e.rows, e.columns, e.left, e.right, false);
     w.other = w.u + size;
-    w.inner = w.other + size;
+    w.rest = w.other + size;
+    w.inner = w.left.form == SideForm::twice || w.right.form == SideForm::twice ? w.rest + size : w.rest;
     return w;
 }
 
-inline BlockSide block_side(const ProjectionSide& side) {
-    return {static_cast<const float*>(side.matrix),
-            side.rank,
-            side.row_stride,
-            side.column_stride,
-            static_cast<float>(side.identity),
-            static_cast<float>(side.span),
-            static_cast<int>(side.form)};
-}
-
-// Floats of workspace that a parameter needs: the update alone, or all that its blocks write on the way.
-inline int64_t block_floats(const ProjectedParameter& p, bool whole) {
-    const int64_t size = p.rows * p.columns, inner = std::max(p.rows * p.right.rank, p.left.rank * p.columns);
-    return whole ? p.batch * size : p.batch * (2 * size + inner);
-}
-
 inline BlockEntry block_entry(const ProjectedParameter& p, const StepTensors& tensors, int64_t index,
-                              int64_t first_block, float* workspace) {
-    const int64_t inner = std::max(p.rows * p.right.rank, p.left.rank * p.columns);
+                              int64_t first_block, int64_t workspace) {
     return {p.weight,
             p.grad,
             p.exp_avg,
@@ -113,87 +129,120 @@ inline BlockEntry block_entry(const ProjectedParameter& p, const StepTensors& te
             p.columns,
             first_block,
             p.batch,
-            block_side(p.left),
-            block_side(p.right),
+            p.left,
+            p.right,
             tensors.scales ? tensors.scales + 4 * index : nullptr,
-            workspace,
-            inner};
+            workspace};
 }
 
 // u[i] for i = first, first + step, ... below count.
-template <typename W, typename S>
-CLK_HOST_DEVICE inline void adam_phase(const BlockWork<W, S>& w, const AdamNumbers<float>& n, int64_t first,
-                                       int64_t step, int64_t count) {
+template <typename W, typename S, typename T>
+CLK_HOST_DEVICE inline void adam_phase(W* weight, const W* grad, S* exp_avg, S* exp_avg_sq, S* largest, T* u,
+                                       const AdamNumbers<T>& n, int64_t first, int64_t step, int64_t count) {
     for (int64_t i = first; i < count; i += step) {
-        float m = load(w.exp_avg + i), v = load(w.exp_avg_sq + i);
-        const float weight = load(w.weight + i), grad = load(w.grad + i);
-        if (w.largest) {
-            float largest = load(w.largest + i);
-            w.u[i] = adam_update<float, true>(weight, grad, m, v, &largest, n);
-            store(w.largest + i, largest);
+        T m = load(exp_avg + i), v = load(exp_avg_sq + i);
+        const T p = load(weight + i), g = load(grad + i);
+        if (largest) {
+            T top = load(largest + i);
+            u[i] = adam_update<T, true>(p, g, m, v, &top, n);
+            store(largest + i, top);
         } else {
-            w.u[i] = adam_update<float, false>(weight, grad, m, v, nullptr, n);
+            u[i] = adam_update<T, false>(p, g, m, v, nullptr, n);
         }
-        store(w.exp_avg + i, m);
-        store(w.exp_avg_sq + i, v);
+        store(exp_avg + i, m);
+        store(exp_avg_sq + i, v);
     }
 }
 
-// inner[j, c] = sum over rows of V[row, j] u[row, c].
-template <typename W, typename S>
-CLK_HOST_DEVICE inline void left_inner_phase(const BlockWork<W, S>& w, int64_t thread, int64_t threads) {
+// inner[j, c] = sum over rows of V[row, j] x[row, c].
+template <typename Work, typename T>
+CLK_HOST_DEVICE inline void left_inner_phase(const Work& w, const T* x, int64_t thread, int64_t threads) {
     for (int64_t j = 0; j < w.left.rank; ++j) {
         for (int64_t c = thread; c < w.columns; c += threads) {
-            float sum = 0.0f;
-            for (int64_t row = 0; row < w.rows; ++row) sum += w.left(row, j) * w.u[row * w.columns + c];
+            T sum = 0;
+            for (int64_t row = 0; row < w.rows; ++row) sum += w.left(row, j) * x[row * w.columns + c];
             w.inner[j * w.columns + c] = sum;
         }
     }
 }
 
-// other = P u, from `inner` in the basis form.
-template <typename W, typename S>
-CLK_HOST_DEVICE inline void left_outer_phase(const BlockWork<W, S>& w, int64_t thread, int64_t threads) {
-    const bool dense = w.left.form == 2;
-    const float* in = dense ? w.u : w.inner;
+// other = P u, from `inner` in the basis form. First of two passes: rest = u - V inner.
+template <typename Work>
+CLK_HOST_DEVICE inline void left_outer_phase(const Work& w, bool first_of_two, int64_t thread, int64_t threads) {
+    using T = typename Work::T;
+    const bool dense = w.left.form == SideForm::dense;
+    const T* in = dense ? w.u : w.inner;
     const int64_t depth = dense ? w.rows : w.left.rank;
     for (int64_t row = 0; row < w.rows; ++row) {
         for (int64_t c = thread; c < w.columns; c += threads) {
-            float sum = 0.0f;
+            T sum = 0;
             for (int64_t k = 0; k < depth; ++k) sum += w.left(row, k) * in[k * w.columns + c];
             const int64_t i = row * w.columns + c;
-            w.other[i] = dense ? sum : w.left.identity * w.u[i] - w.left.span * sum;
+            if (dense) {
+                w.other[i] = sum;
+            } else if (first_of_two) {
+                w.rest[i] = w.u[i] - sum;
+            } else {
+                if (w.left.form == SideForm::twice) sum += w.u[i] - w.rest[i];
+                w.other[i] = w.left.identity * w.u[i] - w.left.span * sum;
+            }
         }
     }
 }
 
-// A lane's share of inner[row, j] = sum over c of u[row, c] V[c, j]. A column-major basis is read in order.
-template <typename W, typename S>
-CLK_HOST_DEVICE inline float right_share(const BlockWork<W, S>& w, const float* u, int64_t row, int64_t j,
-                                         int64_t lane) {
-    float sum = 0.0f;
-    for (int64_t c = lane; c < w.columns; c += 32) sum += u[row * w.columns + c] * w.right(c, j);
-    return sum;
+// A lane's shares of inner[row .. row + kRows, j] = sum over c of x[row, c] V[c, j], a column-major basis read in order.
+template <typename Work, typename T>
+CLK_HOST_DEVICE inline void right_shares(const Work& w, const T* x, int64_t row, int64_t j, int64_t lane, T* sums) {
+    const int64_t count = w.rows - row < kRows ? w.rows - row : kRows;
+    for (int i = 0; i < kRows; ++i) sums[i] = 0;
+    x += row * w.columns;
+    if (count == kRows) {
+        for (int64_t c = lane; c < w.columns; c += 32) {
+            const T v = w.right(c, j);
+            for (int i = 0; i < kRows; ++i) sums[i] += x[i * w.columns + c] * v;
+        }
+    } else {
+        for (int64_t c = lane; c < w.columns; c += 32) {
+            const T v = w.right(c, j);
+            for (int i = 0; i < kRows; ++i) {
+                if (i < count) sums[i] += x[i * w.columns + c] * v;
+            }
+        }
+    }
 }
 
-// p <- keep p + (u P), where `inner` is ready in the basis form.
-template <typename W, typename S>
-CLK_HOST_DEVICE inline void right_outer_phase(const BlockWork<W, S>& w, const float* u, float keep, int64_t thread,
+// p <- keep p + (u P), where `inner` is ready in the basis form. First of two passes: rest = u - inner V^T.
+template <typename Work, typename T>
+CLK_HOST_DEVICE inline void right_outer_phase(const Work& w, const T* u, bool first_of_two, T keep, int64_t thread,
                                               int64_t threads) {
-    for (int64_t row = 0; row < w.rows; ++row) {
-        const float* update = u + row * w.columns;
+    const T* in = w.right.form == SideForm::dense ? u : w.inner;
+    const int64_t depth = w.right.form == SideForm::dense ? w.columns : w.right.thin() ? w.right.rank : 0;
+    for (int64_t row = 0; row < w.rows; row += kRows) {
+        const int64_t count = w.rows - row < kRows ? w.rows - row : kRows;
         for (int64_t c = thread; c < w.columns; c += threads) {
-            float change = update[c];
-            if (w.right.form == 2) {
-                change = 0.0f;
-                for (int64_t k = 0; k < w.columns; ++k) change += update[k] * w.right(k, c);
-            } else if (w.right.form == 1) {
-                float sum = 0.0f;
-                for (int64_t j = 0; j < w.right.rank; ++j) sum += w.inner[row * w.right.rank + j] * w.right(c, j);
-                change = w.right.identity * change - w.right.span * sum;
+            T sums[kRows] = {};
+            for (int64_t k = 0; k < depth; ++k) {
+                const T v = w.right.form == SideForm::dense ? w.right(k, c) : w.right(c, k);
+                for (int i = 0; i < kRows; ++i) {
+                    if (i < count) sums[i] += in[(row + i) * depth + k] * v;
+                }
             }
-            W* weight = w.weight + row * w.columns + c;
-            store(weight, add_update(load(weight), change, keep));
+            for (int i = 0; i < kRows; ++i) {
+                if (i >= count) break;
+                const int64_t at = (row + i) * w.columns + c;
+                T change = u[at];
+                if (first_of_two) {
+                    w.rest[at] = change - sums[i];
+                    continue;
+                }
+                if (w.right.form == SideForm::dense) {
+                    change = sums[i];
+                } else if (w.right.thin()) {
+                    const T product = w.right.form == SideForm::twice ? sums[i] + (change - w.rest[at]) : sums[i];
+                    change = w.right.identity * change - w.right.span * product;
+                }
+                store(w.weight + at, add_update(static_cast<T>(load(w.weight + at)), change, keep));
+            }
         }
     }
 }

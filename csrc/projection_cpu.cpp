@@ -1,17 +1,18 @@
 // Projected Adam step on the CPU: blocks of rows stay in cache from the gradient to the new weight.
 //
-// A block's update u goes through two thin products. Both are C = A B with the rows of B contiguous ("outer" form,
-// which broadcasts A), or C = A B^T with the rows of A and B contiguous ("inner" form, which needs a sum across the
-// vector). A basis is stored one way only; from kPackRows rows on, the other way is copied out once and both products
-// take the outer form. Fewer rows, prompts above all, would spend more on the copy than on the products.
+// A block's update u goes through two thin products of projection_products.h. A basis is stored one way only, and few
+// rows take it as it is: in strips of columns, so that it is read from memory once for both products. From kPackRows
+// rows on it is copied into contiguous rows and contiguous columns, both products take the faster outer form, and a
+// block has many rows, so that the copies are read seldom. Own products because the library's are slower at these
+// shapes: on one Zen 5 core 110 to 120 GFLOP/s of a sgemm against 150 to 220 here (benchmarks/results/cpu).
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
-#include <type_traits>
 
-#include "common/simd.h"
 #include "projection.h"
 #include "projection_math.h"
+#include "projection_products.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -20,196 +21,28 @@
 namespace clk {
 namespace {
 
-constexpr int64_t kPackRows = 24;          // measured: the copy costs about what 20 rows save
-constexpr int64_t kBlockElements = 16384;  // a block of u and its product in 128 KB of float: half of a small L2
+constexpr int64_t kPackRows = 24;               // measured: the copy costs about what 20 rows save
+constexpr int64_t kBlockElements = 16384;       // a block of u and its product in 128 KB of float
+constexpr int64_t kDenseElements = 1 << 20;     // of u where P is dense: the more rows, the less often P is read
+constexpr int64_t kPanel = 64, kDepth = 256;    // columns and rows of a dense P at a time, copied beside each other
+constexpr int64_t kStripElements = 65536;       // of a basis at a time, for few rows: 256 KB of a 1 MB cache
+constexpr int64_t kWaveBytes = 16 << 20;        // of copied bases at a time
+constexpr size_t kKeptBytes = size_t{32} << 20;  // of scratch that a thread keeps for its next step
 
-template <typename T, int Bytes>
-struct Vec {
-    typedef T type __attribute__((vector_size(Bytes)));
-    static constexpr int lanes = Bytes / static_cast<int>(sizeof(T));
-};
-
-// Vectors go by reference: by value their calling convention would depend on the target.
-template <typename V, typename T>
-CLK_INLINE void load(V& v, const T* p) {
-    std::memcpy(&v, p, sizeof(V));
+template <typename T, typename W>
+CLK_INLINE T get(const W* p) {
+    return static_cast<T>(to_float(*p));
 }
-
-template <typename V, typename T>
-CLK_INLINE void store(T* p, const V& v) {
-    std::memcpy(p, &v, sizeof(V));
-}
-
-// C[MR, NV vectors] = A[MR, k] B[k, NV vectors]; A by any strides, B and C by rows.
-template <typename T, int Bytes, int MR, int NV>
-CLK_INLINE void outer_tile(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t k) {
-    using V = typename Vec<T, Bytes>::type;
-    constexpr int L = Vec<T, Bytes>::lanes;
-    V acc[MR][NV] = {};
-    for (int64_t q = 0; q < k; ++q) {
-        V row[NV];
-        for (int j = 0; j < NV; ++j) load(row[j], b + q * bs + j * L);
-        for (int i = 0; i < MR; ++i) {
-            const T x = a[i * as + q * ak];
-            for (int j = 0; j < NV; ++j) acc[i][j] += x * row[j];
-        }
-    }
-    for (int i = 0; i < MR; ++i) {
-        for (int j = 0; j < NV; ++j) store(c + i * cs + j * L, acc[i][j]);
-    }
-}
-
-// One panel of NV vectors of B for all rows: it stays in L1 from tile to tile.
-template <typename T, int Bytes, int MR, int NV>
-CLK_INLINE void outer_panel(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,
-                            int64_t k) {
-    int64_t i = 0;
-    for (; i + MR <= m; i += MR) outer_tile<T, Bytes, MR, NV>(a + i * as, as, ak, b, bs, c + i * cs, cs, k);
-    if (MR > 4 && i + 4 <= m) {
-        outer_tile<T, Bytes, 4, NV>(a + i * as, as, ak, b, bs, c + i * cs, cs, k);
-        i += 4;
-    }
-    switch (m - i) {
-        case 3:
-            return outer_tile<T, Bytes, 3, NV>(a + i * as, as, ak, b, bs, c + i * cs, cs, k);
-        case 2:
-            return outer_tile<T, Bytes, 2, NV>(a + i * as, as, ak, b, bs, c + i * cs, cs, k);
-        case 1:
-            return outer_tile<T, Bytes, 1, NV>(a + i * as, as, ak, b, bs, c + i * cs, cs, k);
-        default:
-            return;
-    }
-}
-
-// C[m, n] = A[m, k] B[k, n]. Tiles hold 16 accumulators where they can: two multiply-adds a cycle, four deep, need 8.
-template <typename T, int Bytes>
-CLK_INLINE void outer(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,
-                      int64_t n, int64_t k) {
-    constexpr int L = Vec<T, Bytes>::lanes;
-    int64_t j = 0;
-    for (; j + 4 * L <= n; j += 4 * L) outer_panel<T, Bytes, 4, 4>(a, as, ak, b + j, bs, c + j, cs, m, k);
-    for (; j + 2 * L <= n; j += 2 * L) outer_panel<T, Bytes, 8, 2>(a, as, ak, b + j, bs, c + j, cs, m, k);
-    for (; j + L <= n; j += L) outer_panel<T, Bytes, 8, 1>(a, as, ak, b + j, bs, c + j, cs, m, k);
-    if (j == n) return;
-    if (n >= L) {  // the last vector overlaps the one before: the same values are written twice
-        outer_panel<T, Bytes, 8, 1>(a, as, ak, b + n - L, bs, c + n - L, cs, m, k);
-        return;
-    }
-    if constexpr (Bytes > 16) {  // ranks below a vector are common: measured, 7 to 20 of 128 at 95 % of the energy
-        outer<T, Bytes / 2>(a, as, ak, b, bs, c, cs, m, n, k);
-    } else {
-        for (int64_t i = 0; i < m; ++i) {
-            for (int64_t jj = 0; jj < n; ++jj) {
-                T sum = 0;
-                for (int64_t q = 0; q < k; ++q) sum += a[i * as + q * ak] * b[q * bs + jj];
-                c[i * cs + jj] = sum;
-            }
-        }
-    }
-}
-
-// The sum over the lanes of one vector, halving it: the same order every time.
-template <typename T, int Bytes>
-CLK_INLINE T lane_sum(const typename Vec<T, Bytes>::type& v) {
-    T x[Vec<T, Bytes>::lanes];
-    std::memcpy(x, &v, sizeof(v));
-    for (int half = Vec<T, Bytes>::lanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    }
-    return x[0];
-}
-
-// Groups of `Width` lanes of a and b in turn, lower halves plus upper halves.
-template <typename T, int Bytes, int Width>
-CLK_INLINE void fold(typename Vec<T, Bytes>::type& out, const typename Vec<T, Bytes>::type& a,
-                     const typename Vec<T, Bytes>::type& b) {
-    using Index = typename Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, Bytes>::type;
-    constexpr int L = Vec<T, Bytes>::lanes;
-    Index low, high;
-    for (int i = 0; i < L; ++i) {
-        const int group = i / Width, from = (group % 2) * L + (group / 2) * Width + i % Width;
-        low[i] = from;
-        high[i] = from + L / 2;
-    }
-    out = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-}
-
-// The lane sums of four vectors: 13 operations in place of 32.
-template <typename T, int Bytes>
-CLK_INLINE void lane_sums(const typename Vec<T, Bytes>::type* v, T* out) {
-    using V = typename Vec<T, Bytes>::type;
-    constexpr int L = Vec<T, Bytes>::lanes;
-    if constexpr (L < 4) {
-        for (int j = 0; j < 4; ++j) out[j] = lane_sum<T, Bytes>(v[j]);
-    } else {
-        V a, b, c;
-        fold<T, Bytes, 1>(a, v[0], v[1]);
-        fold<T, Bytes, 1>(b, v[2], v[3]);
-        fold<T, Bytes, 2>(c, a, b);
-        T x[L];
-        std::memcpy(x, &c, sizeof(c));
-        for (int j = 0; j < 4; ++j) {
-            T sum = x[j];
-            for (int i = 4; i < L; i += 4) sum += x[i + j];
-            out[j] = sum;
-        }
-    }
-}
-
-template <typename T, int Bytes, int MR, int NR>
-CLK_INLINE void inner_tile(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t k) {
-    using V = typename Vec<T, Bytes>::type;
-    constexpr int L = Vec<T, Bytes>::lanes;
-    V acc[MR][NR] = {};
-    int64_t q = 0;
-    for (; q + L <= k; q += L) {
-        V column[NR];
-        for (int j = 0; j < NR; ++j) load(column[j], b + j * bs + q);
-        for (int i = 0; i < MR; ++i) {
-            V x;
-            load(x, a + i * as + q);
-            for (int j = 0; j < NR; ++j) acc[i][j] += x * column[j];
-        }
-    }
-    for (int i = 0; i < MR; ++i) {
-        T sums[NR];
-        if constexpr (NR == 4) {
-            lane_sums<T, Bytes>(acc[i], sums);
-        } else {
-            for (int j = 0; j < NR; ++j) sums[j] = lane_sum<T, Bytes>(acc[i][j]);
-        }
-        for (int j = 0; j < NR; ++j) {
-            for (int64_t r = q; r < k; ++r) sums[j] += a[i * as + r] * b[j * bs + r];
-            c[i * cs + j] = sums[j];
-        }
-    }
-}
-
-template <typename T, int Bytes, int MR>
-CLK_INLINE void inner_rows(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t n, int64_t k) {
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4) inner_tile<T, Bytes, MR, 4>(a, as, b + j * bs, bs, c + j, cs, k);
-    for (; j < n; ++j) inner_tile<T, Bytes, MR, 1>(a, as, b + j * bs, bs, c + j, cs, k);
-}
-
-// C[m, n] = A[m, k] B[n, k]^T.
-template <typename T, int Bytes>
-CLK_INLINE void inner(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m, int64_t n,
-                      int64_t k) {
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) inner_rows<T, Bytes, 4>(a + i * as, as, b, bs, c + i * cs, cs, n, k);
-    for (; i < m; ++i) inner_rows<T, Bytes, 1>(a + i * as, as, b, bs, c + i * cs, cs, n, k);
-}
-
-// A parameter with what the step worked out for it.
 template <typename T>
-struct Job {
-    const ProjectedParameter* parameter;
-    AdamNumbers<T> numbers;
-    const T* by_rows = nullptr;     // right basis with contiguous rows [columns, rank], given or packed; or null
-    const T* by_columns = nullptr;  // right basis with contiguous columns, stored as [rank, columns]; or null
-    int64_t rows_stride = 0, columns_stride = 0;
-    int64_t width = 0;  // columns of by_rows: the rank, or a packed basis' rank filled up with zeros to whole vectors
+CLK_INLINE void put(T* p, T x) {
+    *p = x;
+}
+CLK_INLINE void put(Half* p, float x) { *p = from_float<Half>(x); }
+CLK_INLINE void put(BFloat16* p, float x) { *p = from_float<BFloat16>(x); }
+
+template <typename T>
+struct Scratch {
+    T *u, *product, *rest, *inner;
 };
 
 struct Block {
@@ -217,149 +50,308 @@ struct Block {
 };
 
 template <typename T>
-struct Scratch {
-    T *u, *product, *inner;
+using ElementKernel = void (*)(const ProjectedParameter&, const AdamNumbers<T>&, int64_t begin, int64_t count, T* u);
+
+// The products and row operations of one instruction set, each compiled once: inlined at every call they took minutes.
+template <typename T>
+struct Operations {
+    void (*outer)(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t m, int64_t n,
+                  int64_t k);
+    void (*outer_add)(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,
+                      int64_t n, int64_t k);
+    void (*inner)(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m, int64_t n, int64_t k);
+    void (*inner_add)(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m, int64_t n,
+                      int64_t k);
+    void (*combine)(T* u, const T* product, T identity, T span, int64_t count);   // u <- identity u - span product
+    void (*subtract)(T* out, const T* a, const T* b, int64_t count);              // out <- a - b
+
+    // `outer` in pieces of `depth` of the inner dimension, so that a piece of B is read once for all rows of A.
+    void outer_pieces(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,
+                      int64_t n, int64_t k, int64_t depth) const {
+        outer(a, as, ak, b, bs, c, cs, m, n, std::min(k, depth));
+        for (int64_t q = depth; q < k; q += depth) {
+            outer_add(a + q * ak, as, ak, b + q * bs, bs, c, cs, m, n, std::min(k - q, depth));
+        }
+    }
 };
 
-template <typename T, bool kAmsgrad>
-CLK_INLINE void adam_block(const Job<T>& job, int64_t begin, int64_t count, T* u) {
-    const ProjectedParameter& p = *job.parameter;
-    const AdamNumbers<T> n = job.numbers;
-    const T* __restrict weight = static_cast<const T*>(p.weight) + begin;
-    const T* __restrict grad = static_cast<const T*>(p.grad) + begin;
-    T* __restrict m = static_cast<T*>(p.exp_avg) + begin;
-    T* __restrict v = static_cast<T*>(p.exp_avg_sq) + begin;
-    T* __restrict largest = kAmsgrad ? static_cast<T*>(p.largest) + begin : nullptr;
-    T* __restrict out = u;
-    for (int64_t i = 0; i < count; ++i) {
-        out[i] = adam_update<T, kAmsgrad>(weight[i], grad[i], m[i], v[i], kAmsgrad ? largest + i : nullptr, n);
-    }
-}
-
-// u <- identity u - span product.
 template <typename T>
-CLK_INLINE void combine(T* u, const T* product, double identity, double span, int64_t count) {
-    const T a = static_cast<T>(identity), b = static_cast<T>(span);
-    for (int64_t i = 0; i < count; ++i) u[i] = a * u[i] - b * product[i];
-}
-
-template <typename T, int Bytes>
-CLK_INLINE void left_side(const ProjectedParameter& p, const Scratch<T>& s) {
-    const ProjectionSide& side = p.left;
-    const T* matrix = static_cast<const T*>(side.matrix);
-    const int64_t rows = p.rows, columns = p.columns;
-    if (side.form == SideForm::dense) {
-        outer<T, Bytes>(matrix, side.row_stride, side.column_stride, s.u, columns, s.product, columns, rows, columns,
-                        rows);
-        std::memcpy(s.u, s.product, sizeof(T) * rows * columns);
-        return;
-    }
-    outer<T, Bytes>(matrix, side.column_stride, side.row_stride, s.u, columns, s.inner, columns, side.rank, columns,
-                    rows);
-    outer<T, Bytes>(matrix, side.row_stride, side.column_stride, s.inner, columns, s.product, columns, rows, columns,
-                    side.rank);
-    combine(s.u, s.product, side.identity, side.span, rows * columns);
-}
-
-// s.product = u P for a dense P, (u V) V^T for a basis.
-template <typename T, int Bytes>
-CLK_INLINE void right_side(const Job<T>& job, int64_t rows, const Scratch<T>& s) {
-    const ProjectedParameter& p = *job.parameter;
-    const int64_t columns = p.columns, rank = p.right.rank, width = job.width;
-    if (p.right.form == SideForm::dense) {
-        outer<T, Bytes>(s.u, columns, 1, job.by_rows, job.rows_stride, s.product, columns, rows, columns, columns);
-        return;
-    }
-    if (job.by_rows) {
-        outer<T, Bytes>(s.u, columns, 1, job.by_rows, job.rows_stride, s.inner, width, rows, width, columns);
-    } else {
-        inner<T, Bytes>(s.u, columns, job.by_columns, job.columns_stride, s.inner, width, rows, rank, columns);
-    }
-    if (job.by_columns) {
-        outer<T, Bytes>(s.inner, width, 1, job.by_columns, job.columns_stride, s.product, columns, rows, columns, rank);
-    } else {
-        inner<T, Bytes>(s.inner, width, job.by_rows, job.rows_stride, s.product, columns, rows, columns, rank);
-    }
-}
-
-// p <- keep p + (identity u - span product), with what the right side makes of the update.
-template <typename T>
-CLK_INLINE void apply_block(const ProjectedParameter& p, T keep, int64_t begin, int64_t count, const Scratch<T>& s) {
-    T* __restrict weight = static_cast<T*>(p.weight) + begin;
-    const T* __restrict u = s.u;
-    const T* __restrict product = s.product;
-    if (p.right.form == SideForm::basis) {
-        const T a = static_cast<T>(p.right.identity), b = static_cast<T>(p.right.span);
-        for (int64_t i = 0; i < count; ++i) weight[i] = add_update(weight[i], a * u[i] - b * product[i], keep);
-    } else {
-        const T* __restrict change = p.right.form == SideForm::dense ? product : u;
-        for (int64_t i = 0; i < count; ++i) weight[i] = add_update(weight[i], change[i], keep);
-    }
-}
-
-template <typename T, int Bytes>
-CLK_INLINE void block_body(const Job<T>& job, const Block& block, const Scratch<T>& s) {
-    const ProjectedParameter& p = *job.parameter;
-    const int64_t begin = (block.batch * p.rows + block.row) * p.columns, count = block.rows * p.columns;
-    if (p.largest) {
-        adam_block<T, true>(job, begin, count, s.u);
-    } else {
-        adam_block<T, false>(job, begin, count, s.u);
-    }
-    if (p.left.form != SideForm::none) left_side<T, Bytes>(p, s);
-    if (p.right.form != SideForm::none) right_side<T, Bytes>(job, block.rows, s);
-    apply_block(p, job.numbers.keep, begin, count, s);
-}
-
-template <typename T>
-void block_base(const Job<T>& job, const Block& block, const Scratch<T>& s) {
-    block_body<T, 16>(job, block, s);
+CLK_INLINE void combine_body(T* __restrict u, const T* __restrict product, T identity, T span, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) u[i] = identity * u[i] - span * product[i];
 }
 template <typename T>
-CLK_TARGET_AVX2 void block_avx2(const Job<T>& job, const Block& block, const Scratch<T>& s) {
-    block_body<T, 32>(job, block, s);
-}
-template <typename T>
-CLK_TARGET_AVX512 void block_avx512(const Job<T>& job, const Block& block, const Scratch<T>& s) {
-    block_body<T, 64>(job, block, s);
+CLK_INLINE void subtract_body(T* __restrict out, const T* a, const T* b, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
 }
 
-template <typename T>
-using BlockKernel = void (*)(const Job<T>&, const Block&, const Scratch<T>&);
+#define CLK_OPERATIONS(NAME, TARGET, BYTES)                                                                         \
+    template <typename T>                                                                                           \
+    struct NAME {                                                                                                   \
+        TARGET static void outer(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs,      \
+                                 int64_t m, int64_t n, int64_t k) {                                                 \
+            clk::outer<T, BYTES, false>(a, as, ak, b, bs, c, cs, m, n, k);                                          \
+        }                                                                                                           \
+        TARGET static void outer_add(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs,  \
+                                     int64_t m, int64_t n, int64_t k) {                                             \
+            clk::outer<T, BYTES, true>(a, as, ak, b, bs, c, cs, m, n, k);                                           \
+        }                                                                                                           \
+        TARGET static void inner(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,       \
+                                 int64_t n, int64_t k) {                                                            \
+            clk::inner<T, BYTES, false>(a, as, b, bs, c, cs, m, n, k);                                              \
+        }                                                                                                           \
+        TARGET static void inner_add(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,   \
+                                     int64_t n, int64_t k) {                                                        \
+            clk::inner<T, BYTES, true>(a, as, b, bs, c, cs, m, n, k);                                               \
+        }                                                                                                           \
+        TARGET static void combine(T* u, const T* product, T identity, T span, int64_t count) {                     \
+            combine_body(u, product, identity, span, count);                                                        \
+        }                                                                                                           \
+        TARGET static void subtract(T* out, const T* a, const T* b, int64_t count) { subtract_body(out, a, b, count); } \
+        static constexpr Operations<T> table{outer, outer_add, inner, inner_add, combine, subtract};                \
+    };
+CLK_OPERATIONS(BaseOperations, , 16)
+CLK_OPERATIONS(Avx2Operations, CLK_TARGET_AVX2, 32)
+CLK_OPERATIONS(Avx512Operations, CLK_TARGET_AVX512, 64)
+#undef CLK_OPERATIONS
 
 template <typename T>
-BlockKernel<T> block_kernel() {
+const Operations<T>& operations() {
     switch (isa()) {
         case Isa::avx512:
-            return block_avx512<T>;
+            return Avx512Operations<T>::table;
         case Isa::avx2:
-            return block_avx2<T>;
+            return Avx2Operations<T>::table;
         default:
-            return block_base<T>;
+            return BaseOperations<T>::table;
     }
 }
 
-// out[j, i] = in[i, j], in pieces that stay in L1.
+// A parameter with what the step worked out for it. Matrices are of the compute type here: given so, or packed.
 template <typename T>
-void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
-    constexpr int64_t kPiece = 16;
-    for (int64_t i0 = 0; i0 < rows; i0 += kPiece) {
-        for (int64_t j0 = 0; j0 < columns; j0 += kPiece) {
-            for (int64_t j = j0; j < std::min(columns, j0 + kPiece); ++j) {
-                for (int64_t i = i0; i < std::min(rows, i0 + kPiece); ++i) {
-                    out[j * out_stride + i] = in[i * in_stride + j];
-                }
+struct Job {
+    const ProjectedParameter* parameter;
+    AdamNumbers<T> numbers;
+    ElementKernel<T> adam, apply;
+    const T* left = nullptr;
+    int64_t left_row = 0, left_column = 0;  // its strides
+    const T* by_rows = nullptr;     // right basis with contiguous rows [columns, rank], given or packed; or null
+    const T* by_columns = nullptr;  // right basis with contiguous columns, stored as [rank, columns]; or null
+    int64_t rows_stride = 0, columns_stride = 0;
+    int64_t width = 0;  // columns of by_rows: the rank, or a packed basis' rank filled up with zeros to whole vectors
+    bool many = false;
+};
+
+// u <- the complete update; moments are written.
+template <typename T, typename W, typename S, bool kAmsgrad>
+CLK_INLINE void adam_body(const ProjectedParameter& p, const AdamNumbers<T>& numbers, int64_t begin, int64_t count,
+                          T* u) {
+    const AdamNumbers<T> n = numbers;
+    const W* __restrict weight = static_cast<const W*>(p.weight) + begin;
+    const W* __restrict grad = static_cast<const W*>(p.grad) + begin;
+    S* __restrict first = static_cast<S*>(p.exp_avg) + begin;
+    S* __restrict second = static_cast<S*>(p.exp_avg_sq) + begin;
+    S* __restrict top = kAmsgrad ? static_cast<S*>(p.largest) + begin : nullptr;
+    T* __restrict out = u;
+    for (int64_t i = 0; i < count; ++i) {
+        T m = get<T>(first + i), v = get<T>(second + i), largest = kAmsgrad ? get<T>(top + i) : T(0);
+        out[i] = adam_update<T, kAmsgrad>(get<T>(weight + i), get<T>(grad + i), m, v, &largest, n);
+        put(first + i, m);
+        put(second + i, v);
+        if constexpr (kAmsgrad) put(top + i, largest);
+    }
+}
+
+// p <- keep p + u.
+template <typename T, typename W>
+CLK_INLINE void apply_body(const ProjectedParameter& p, const AdamNumbers<T>& numbers, int64_t begin, int64_t count,
+                           T* u) {
+    const T keep = numbers.keep;
+    W* __restrict weight = static_cast<W*>(p.weight) + begin;
+    const T* __restrict change = u;
+    for (int64_t i = 0; i < count; ++i) put(weight + i, add_update(get<T>(weight + i), change[i], keep));
+}
+
+// out = V V^T x, or out += V V^T x, through `inner`.
+template <typename T>
+void left_span(const Operations<T>& o, const Job<T>& job, const T* x, T* out, T* inner, bool add) {
+    const ProjectedParameter& p = *job.parameter;
+    const ProjectionSide& side = p.left;
+    const int64_t rows = p.rows, columns = p.columns;
+    o.outer_pieces(job.left, job.left_column, job.left_row, x, columns, inner, columns, side.rank, columns,
+                           rows, kDepth);
+    (add ? o.outer_add : o.outer)(job.left, job.left_row, job.left_column, inner, columns, out, columns, rows, columns,
+                                  side.rank);
+}
+
+template <typename T>
+void left_side(const Operations<T>& o, const Job<T>& job, const Scratch<T>& s) {
+    const ProjectedParameter& p = *job.parameter;
+    const ProjectionSide& side = p.left;
+    const int64_t rows = p.rows, columns = p.columns, count = rows * columns;
+    if (side.form == SideForm::dense) {
+        o.outer_pieces(job.left, job.left_row, job.left_column, s.u, columns, s.product, columns, rows, columns,
+                               rows, kDepth);
+        std::memcpy(s.u, s.product, sizeof(T) * count);
+        return;
+    }
+    left_span(o, job, s.u, s.product, s.inner, false);
+    if (side.form == SideForm::twice) {
+        o.subtract(s.rest, s.u, s.product, count);
+        left_span(o, job, s.rest, s.product, s.inner, true);
+    }
+    o.combine(s.u, s.product, static_cast<T>(side.identity), static_cast<T>(side.span), count);
+}
+
+// Columns of a basis that few rows take at a time.
+int64_t strip_of(int64_t size) { return std::clamp<int64_t>(kStripElements / size / 4 * 4, 16, 256); }
+
+// out = x V V^T, or out += x V V^T, through `inner`.
+template <typename T>
+void right_span(const Operations<T>& o, const Job<T>& job, int64_t rows, const T* x, T* out, T* inner, bool add) {
+    const int64_t columns = job.parameter->columns, rank = job.parameter->right.rank, width = job.width;
+    if (job.many) {
+        o.outer_pieces(x, columns, 1, job.by_rows, job.rows_stride, inner, width, rows, width, columns, kDepth);
+        (add ? o.outer_add : o.outer)(inner, width, 1, job.by_columns, job.columns_stride, out, columns, rows, columns,
+                                      rank);
+    } else if (job.by_columns) {
+        const int64_t strip = strip_of(columns);
+        for (int64_t j = 0; j < std::max<int64_t>(rank, 1); j += strip) {  // a rank of 0 writes zeros
+            const T* part = job.by_columns + j * job.columns_stride;
+            const int64_t wide = std::min(strip, rank - j);
+            o.inner(x, columns, part, job.columns_stride, inner, strip, rows, wide, columns);
+            (add || j > 0 ? o.outer_add : o.outer)(inner, strip, 1, part, job.columns_stride, out, columns, rows,
+                                                   columns, wide);
+        }
+    } else {
+        o.outer(x, columns, 1, job.by_rows, job.rows_stride, inner, width, rows, width, columns);
+        (add ? o.inner_add : o.inner)(inner, width, job.by_rows, job.rows_stride, out, columns, rows, columns, rank);
+    }
+}
+
+// out = x P for a dense P and many rows. Panels of P are copied first: its rows lie pages apart, and read in place the
+// product of 768 x 3072 by 3072 x 3072 ran at half the library's speed.
+template <typename T>
+void dense_many(const Operations<T>& o, const Job<T>& job, int64_t rows, const T* x, T* out, T* panel) {
+    const int64_t columns = job.parameter->columns;
+    for (int64_t q = 0; q < columns; q += kDepth) {
+        const int64_t depth = std::min(kDepth, columns - q);
+        for (int64_t j = 0; j < columns; j += kPanel) {
+            const int64_t wide = std::min(kPanel, columns - j);
+            for (int64_t i = 0; i < depth; ++i) {
+                std::copy_n(job.by_rows + (q + i) * job.rows_stride + j, wide, panel + i * kPanel);
             }
+            (q > 0 ? o.outer_add : o.outer)(x + q, columns, 1, panel, kPanel, out + j, columns, rows, wide, depth);
         }
     }
 }
 
-// A layout of a job's right side that is to be made: with contiguous columns, or with contiguous rows of job.width.
+// u <- u P; s.u may change places with s.product.
+template <typename T>
+void right_side(const Operations<T>& o, const Job<T>& job, int64_t rows, Scratch<T>& s) {
+    const ProjectionSide& side = job.parameter->right;
+    const int64_t columns = job.parameter->columns, count = rows * columns;
+    if (side.form == SideForm::dense) {
+        if (rows >= kPackRows) {
+            dense_many(o, job, rows, s.u, s.product, s.inner);
+        } else {
+            o.outer(s.u, columns, 1, job.by_rows, job.rows_stride, s.product, columns, rows, columns, columns);
+        }
+        std::swap(s.u, s.product);
+        return;
+    }
+    right_span(o, job, rows, s.u, s.product, s.inner, false);
+    if (side.form == SideForm::twice) {
+        o.subtract(s.rest, s.u, s.product, count);
+        right_span(o, job, rows, s.rest, s.product, s.inner, true);
+    }
+    o.combine(s.u, s.product, static_cast<T>(side.identity), static_cast<T>(side.span), count);
+}
+
+template <typename T>
+void block_body(const Operations<T>& o, const Job<T>& job, const Block& block, const Scratch<T>& scratch) {
+    const ProjectedParameter& p = *job.parameter;
+    Scratch<T> s = scratch;
+    const int64_t begin = (block.batch * p.rows + block.row) * p.columns, count = block.rows * p.columns;
+    job.adam(p, job.numbers, begin, count, s.u);
+    if (p.left.form != SideForm::none) left_side(o, job, s);
+    if (p.right.form != SideForm::none) right_side(o, job, block.rows, s);
+    job.apply(p, job.numbers, begin, count, s.u);
+}
+
+// The elementwise parts for the three instruction sets, and the choice among them.
+template <typename T, typename W, typename S, bool kAmsgrad>
+struct Elements {
+    using P = ProjectedParameter;
+    using N = AdamNumbers<T>;
+    static void base(const P& p, const N& n, int64_t begin, int64_t count, T* u) {
+        adam_body<T, W, S, kAmsgrad>(p, n, begin, count, u);
+    }
+    CLK_TARGET_AVX2 static void avx2(const P& p, const N& n, int64_t begin, int64_t count, T* u) {
+        adam_body<T, W, S, kAmsgrad>(p, n, begin, count, u);
+    }
+    CLK_TARGET_AVX512 static void avx512(const P& p, const N& n, int64_t begin, int64_t count, T* u) {
+        adam_body<T, W, S, kAmsgrad>(p, n, begin, count, u);
+    }
+};
+
+template <typename T, typename W>
+struct Applied {
+    using P = ProjectedParameter;
+    using N = AdamNumbers<T>;
+    static void base(const P& p, const N& n, int64_t begin, int64_t count, T* u) {
+        apply_body<T, W>(p, n, begin, count, u);
+    }
+    CLK_TARGET_AVX2 static void avx2(const P& p, const N& n, int64_t begin, int64_t count, T* u) {
+        apply_body<T, W>(p, n, begin, count, u);
+    }
+    CLK_TARGET_AVX512 static void avx512(const P& p, const N& n, int64_t begin, int64_t count, T* u) {
+        apply_body<T, W>(p, n, begin, count, u);
+    }
+};
+
+template <typename Variants>
+auto variant() {
+    switch (isa()) {
+        case Isa::avx512:
+            return &Variants::avx512;
+        case Isa::avx2:
+            return &Variants::avx2;
+        default:
+            return &Variants::base;
+    }
+}
+
+template <typename T, typename W, typename S>
+void use_types(Job<T>& job) {
+    job.adam = job.parameter->largest ? variant<Elements<T, W, S, true>>() : variant<Elements<T, W, S, false>>();
+    job.apply = variant<Applied<T, W>>();
+}
+
+template <typename T>
+void choose_elements(Job<T>& job) {
+    const DType weight = job.parameter->weight_type, moment = job.parameter->moment_type;
+    if constexpr (sizeof(T) == 8) {
+        if (weight == DType::f64 && moment == DType::f64) return use_types<T, double, double>(job);
+    } else {
+        if (weight == DType::f32 && moment == DType::f32) return use_types<T, float, float>(job);
+        if (weight == DType::f16 && moment == DType::f32) return use_types<T, Half, float>(job);
+        if (weight == DType::f16 && moment == DType::f16) return use_types<T, Half, Half>(job);
+        if (weight == DType::bf16 && moment == DType::f32) return use_types<T, BFloat16, float>(job);
+        if (weight == DType::bf16 && moment == DType::bf16) return use_types<T, BFloat16, BFloat16>(job);
+    }
+    throw std::invalid_argument("projected_adam_cpu: no kernel for these types of weights and moments");
+}
+
+// A matrix of a job that is to be copied: contiguous rows of `width` values or contiguous columns, in the compute type.
 template <typename T>
 struct Packing {
     int64_t job;
-    bool columns;
-    int64_t offset;
+    bool left, columns;
+    int64_t width, offset;
+};
+
+struct Wave {
+    int64_t packings, blocks;  // ends
 };
 
 template <typename T>
@@ -367,128 +359,238 @@ struct Plan {
     std::vector<Job<T>> jobs;
     std::vector<Block> blocks;
     std::vector<Packing<T>> packings;
-    std::vector<T> packed;     // zeros first: what fills up a row stays zero
-    int64_t wanted = 0;        // its size
-    int64_t u = 0, inner = 0;  // the largest block's elements
+    std::vector<Wave> waves;
+    int64_t wanted = 0, packed = 0;                   // values copied in the present wave, in the largest
+    int64_t u = 0, product = 0, rest = 0, inner = 0;  // the largest block's values
 };
 
 template <typename T>
-void plan_right(Plan<T>& plan, int64_t index) {
+constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+template <typename T>
+void request(Plan<T>& plan, int64_t job, bool left, bool columns, int64_t width) {
+    const ProjectedParameter& p = *plan.jobs[job].parameter;
+    const int64_t size = left ? p.rows : p.columns, rank = left ? p.left.rank : p.right.rank;
+    plan.packings.push_back({job, left, columns, width, plan.wanted});
+    plan.wanted += columns ? size * rank : size * width;
+}
+
+template <typename T>
+void plan_sides(Plan<T>& plan, int64_t index) {
     Job<T>& job = plan.jobs[index];
     const ProjectedParameter& p = *job.parameter;
-    const ProjectionSide& side = p.right;
-    if (side.form == SideForm::none) return;
-    const T* matrix = static_cast<const T*>(side.matrix);
-    const bool rows_contiguous = side.column_stride == 1;
-    (rows_contiguous ? job.by_rows : job.by_columns) = matrix;
-    (rows_contiguous ? job.rows_stride : job.columns_stride) = rows_contiguous ? side.row_stride : side.column_stride;
-    job.width = side.rank;
-    const bool many = side.form == SideForm::basis && p.batch * p.rows >= kPackRows;
-    constexpr int64_t kVector = 64 / sizeof(T);
-    if (many) job.width = (side.rank + kVector - 1) / kVector * kVector;
-    if (many && rows_contiguous) plan.packings.push_back({index, true, plan.wanted});
-    if (many && rows_contiguous) plan.wanted += p.columns * side.rank;
-    if (job.width != side.rank || (!rows_contiguous && (many || side.form == SideForm::dense))) {
-        plan.packings.push_back({index, false, plan.wanted});
-        plan.wanted += p.columns * job.width;
+    const ProjectionSide &left = p.left, &right = p.right;
+    if (left.form != SideForm::none) {
+        job.left = static_cast<const T*>(left.matrix);
+        job.left_row = left.row_stride;
+        job.left_column = left.column_stride;
+        if (left.dtype != kCompute<T>) request(plan, index, true, left.row_stride == 1, left.rank);
     }
+    if (right.form == SideForm::none) return;
+    const T* matrix = static_cast<const T*>(right.matrix);
+    const bool rows_contiguous = right.column_stride == 1, converted = right.dtype != kCompute<T>;
+    (rows_contiguous ? job.by_rows : job.by_columns) = matrix;
+    (rows_contiguous ? job.rows_stride : job.columns_stride) = rows_contiguous ? right.row_stride : right.column_stride;
+    job.width = right.rank;
+    job.many = right.form != SideForm::dense && p.batch * p.rows >= kPackRows;
+    constexpr int64_t kVector = 64 / sizeof(T);
+    if (job.many) job.width = (right.rank + kVector - 1) / kVector * kVector;
+    const bool by_rows = job.many || right.form == SideForm::dense || rows_contiguous;
+    const bool by_columns = job.many || (right.form != SideForm::dense && !rows_contiguous);
+    if (by_columns && (converted || rows_contiguous)) request(plan, index, false, true, right.rank);
+    if (by_rows && (converted || !rows_contiguous || job.width != right.rank)) {
+        request(plan, index, false, false, job.width);
+    }
+}
+
+template <typename T>
+void plan_blocks(Plan<T>& plan, int64_t index) {
+    const Job<T>& job = plan.jobs[index];
+    const ProjectedParameter& p = *job.parameter;
+    const bool whole = p.left.form != SideForm::none;
+    const bool dense = p.right.form == SideForm::dense;
+    const int64_t fitting = dense ? std::clamp<int64_t>(kDenseElements / p.columns / 4 * 4, 16, 512)
+                                  : std::clamp<int64_t>(kBlockElements / p.columns / 4 * 4, 8, 64);
+    const int64_t height = whole ? p.rows : std::min(p.rows, fitting), size = height * p.columns;
+    for (int64_t b = 0; b < p.batch; ++b) {
+        for (int64_t row = 0; row < p.rows; row += height) {
+            plan.blocks.push_back({index, b, row, std::min(height, p.rows - row)});
+        }
+    }
+    plan.u = std::max(plan.u, size);
+    if (whole || p.right.form != SideForm::none) plan.product = std::max(plan.product, size);
+    if (p.left.form == SideForm::twice || p.right.form == SideForm::twice) plan.rest = std::max(plan.rest, size);
+    plan.inner = std::max({plan.inner, height * std::max(dense ? 0 : job.width, strip_of(p.columns)),
+                           p.left.rank * p.columns, dense ? kDepth * kPanel : 0});
 }
 
 template <typename T>
 Plan<T> make_plan(const std::vector<ProjectedParameter>& parameters, const AdamSettings& a) {
     Plan<T> plan;
     plan.jobs.reserve(parameters.size());
+    const auto end_wave = [&] {
+        plan.packed = std::max(plan.packed, plan.wanted);
+        plan.wanted = 0;
+        plan.waves.push_back({static_cast<int64_t>(plan.packings.size()), static_cast<int64_t>(plan.blocks.size())});
+    };
     for (const ProjectedParameter& p : parameters) {
+        if ((p.moment_type == DType::f64) != (sizeof(T) == 8)) continue;
         const double step = static_cast<double>(p.step ? *p.step : p.steps) + 1.0;
-        plan.jobs.push_back({&p, adam_numbers<T>(step, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.decoupled,
-                                                 a.project_decay, a.grad_factor)});
+        const int64_t index = static_cast<int64_t>(plan.jobs.size());
+        plan.jobs.push_back({});
+        plan.jobs.back().parameter = &p;
+        plan.jobs.back().numbers = adam_numbers<T>(step, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.decoupled,
+                                                   a.project_decay, a.grad_factor);
+        choose_elements(plan.jobs.back());
         if (p.batch * p.rows * p.columns == 0) continue;
-        const int64_t job = static_cast<int64_t>(plan.jobs.size()) - 1;
-        plan_right(plan, job);
-        const bool whole = p.left.form != SideForm::none;
-        const int64_t fitting = std::clamp<int64_t>(kBlockElements / p.columns / 4 * 4, 8, 64);
-        const int64_t height = whole ? p.rows : std::min(p.rows, fitting);
-        for (int64_t b = 0; b < p.batch; ++b) {
-            for (int64_t row = 0; row < p.rows; row += height) {
-                plan.blocks.push_back({job, b, row, std::min(height, p.rows - row)});
+        plan_sides(plan, index);
+        plan_blocks(plan, index);
+        if (plan.wanted * static_cast<int64_t>(sizeof(T)) > kWaveBytes) end_wave();
+    }
+    end_wave();
+    return plan;
+}
+
+// out[j, i] = in[i, j], in pieces that stay in L1.
+template <typename T, typename M>
+void transpose(const M* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+    constexpr int64_t kPiece = 16;
+    for (int64_t i0 = 0; i0 < rows; i0 += kPiece) {
+        for (int64_t j0 = 0; j0 < columns; j0 += kPiece) {
+            for (int64_t j = j0; j < std::min(columns, j0 + kPiece); ++j) {
+                for (int64_t i = i0; i < std::min(rows, i0 + kPiece); ++i) {
+                    out[j * out_stride + i] = get<T>(in + i * in_stride + j);
+                }
             }
         }
-        plan.u = std::max(plan.u, height * p.columns);
-        plan.inner = std::max({plan.inner, height * plan.jobs.back().width, p.left.rank * p.columns});
     }
-    plan.packed.resize(plan.wanted);
-    return plan;
+}
+
+// The [size, rank] matrix of a side in the layout asked for.
+template <typename T, typename M>
+void copy_matrix(const ProjectionSide& side, int64_t size, const Packing<T>& packing, T* target) {
+    const M* matrix = static_cast<const M*>(side.matrix);
+    const bool by_rows = side.column_stride == 1;  // as it is given
+    const int64_t given = by_rows ? side.row_stride : side.column_stride;
+    const int64_t wanted = packing.columns ? size : packing.width;
+    if (by_rows == packing.columns) {
+        const int64_t lines = by_rows ? size : side.rank;
+        transpose(matrix, given, target, wanted, lines, by_rows ? side.rank : size);
+    } else {
+        const int64_t lines = by_rows ? size : side.rank, each = by_rows ? side.rank : size;
+        for (int64_t i = 0; i < lines; ++i) {
+            for (int64_t j = 0; j < each; ++j) target[i * wanted + j] = get<T>(matrix + i * given + j);
+        }
+    }
+    for (int64_t i = 0; !packing.columns && packing.width > side.rank && i < size; ++i) {
+        std::fill(target + i * packing.width + side.rank, target + (i + 1) * packing.width, T(0));
+    }
 }
 
 // Fills one layout; the job refers to it when all are filled, because another thread may be reading the job now.
 template <typename T>
-void pack(Plan<T>& plan, const Packing<T>& packing) {
-    const Job<T>& job = plan.jobs[packing.job];
-    const ProjectionSide& side = job.parameter->right;
-    const int64_t columns = job.parameter->columns;
-    const T* matrix = static_cast<const T*>(side.matrix);
-    T* target = plan.packed.data() + packing.offset;
-    if (packing.columns) {
-        transpose(matrix, side.row_stride, target, columns, columns, side.rank);
-    } else if (side.column_stride != 1) {
-        transpose(matrix, side.column_stride, target, job.width, side.rank, columns);
+void pack(const Plan<T>& plan, const Packing<T>& packing, T* packed) {
+    const ProjectedParameter& p = *plan.jobs[packing.job].parameter;
+    const ProjectionSide& side = packing.left ? p.left : p.right;
+    const int64_t size = packing.left ? p.rows : p.columns;
+    T* const target = packed + packing.offset;
+    switch (side.dtype) {
+        case DType::f16:
+            return copy_matrix<T, Half>(side, size, packing, target);
+        case DType::bf16:
+            return copy_matrix<T, BFloat16>(side, size, packing, target);
+        default:
+            return copy_matrix<T, T>(side, size, packing, target);
+    }
+}
+
+template <typename T>
+void refer(Plan<T>& plan, const Packing<T>& packing, const T* packed) {
+    Job<T>& job = plan.jobs[packing.job];
+    const T* const target = packed + packing.offset;
+    if (packing.left) {
+        job.left = target;
+        job.left_row = packing.columns ? 1 : packing.width;
+        job.left_column = packing.columns ? job.parameter->rows : 1;
     } else {
-        for (int64_t i = 0; i < columns; ++i) {
-            std::copy_n(matrix + i * side.row_stride, side.rank, target + i * job.width);
+        (packing.columns ? job.by_columns : job.by_rows) = target;
+        (packing.columns ? job.columns_stride : job.rows_stride) =
+            packing.columns ? job.parameter->columns : packing.width;
+    }
+}
+
+template <typename T>
+void run(Plan<T>& plan, T* memory, int64_t each, int threads) {
+    T* const packed = memory + each * threads;
+    const Operations<T>& o = operations<T>();
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        T* const own = memory + each * omp_get_thread_num();
+#else
+        T* const own = memory;
+#endif
+        T* const product = own + plan.u;
+        T* const rest = product + plan.product;
+        const Scratch<T> s{own, product, rest, rest + plan.rest};
+        int64_t packing = 0, block = 0;
+        for (const Wave& wave : plan.waves) {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = packing; i < wave.packings; ++i) pack(plan, plan.packings[i], packed);
+#pragma omp single
+            for (int64_t i = packing; i < wave.packings; ++i) refer(plan, plan.packings[i], packed);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = block; i < wave.blocks; ++i) block_body(o, plan.jobs[plan.blocks[i].job], plan.blocks[i], s);
+            packing = wave.packings;
+            block = wave.blocks;
         }
     }
 }
 
-template <typename T>
-void refer(Plan<T>& plan) {
-    for (const Packing<T>& packing : plan.packings) {
-        Job<T>& job = plan.jobs[packing.job];
-        const T* target = plan.packed.data() + packing.offset;
-        (packing.columns ? job.by_columns : job.by_rows) = target;
-        (packing.columns ? job.columns_stride : job.rows_stride) = packing.columns ? job.parameter->columns : job.width;
+// The thread's own memory, grown to what a step needs and kept for the next one.
+struct Memory {
+    std::vector<double> values;  // doubles for their alignment
+
+    void* take(size_t bytes) {
+        const size_t wanted = (bytes + sizeof(double) - 1) / sizeof(double);
+        if (values.size() < wanted) {
+            std::vector<double>().swap(values);  // never both at once
+            values.resize(wanted);
+        }
+        return values.data();
     }
+};
+Memory& memory_of_this_thread() {
+    thread_local Memory memory;
+    return memory;
 }
 
 template <typename T>
-void run(const std::vector<ProjectedParameter>& parameters, const AdamSettings& settings, int threads) {
-    Plan<T> plan = make_plan<T>(parameters, settings);
-    const int64_t blocks = static_cast<int64_t>(plan.blocks.size()), packings = plan.packings.size();
-    threads = static_cast<int>(std::clamp<int64_t>(std::max(blocks, packings), 1, std::max(threads, 1)));
-    const int64_t each = 2 * plan.u + plan.inner + 64;  // the gap keeps threads off each other's cache lines
-    std::vector<T> scratch(each * threads);
-    const BlockKernel<T> kernel = block_kernel<T>();
-#pragma omp parallel num_threads(threads)
-    {
-#ifdef _OPENMP
-        T* const own = scratch.data() + each * omp_get_thread_num();
-#else
-        T* const own = scratch.data();
-#endif
-        const Scratch<T> s{own, own + plan.u, own + 2 * plan.u};
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < packings; ++i) pack(plan, plan.packings[i]);
-#pragma omp single
-        refer(plan);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < blocks; ++i) kernel(plan.jobs[plan.blocks[i].job], plan.blocks[i], s);
-    }
-    for (const ProjectedParameter& p : parameters) {
-        if (p.step) *p.step += 1.0f;
-    }
+int64_t values_each(const Plan<T>& plan) {
+    return plan.u + plan.product + plan.rest + plan.inner + 64;  // the gap keeps threads off each other's cache lines
+}
+
+template <typename T>
+size_t bytes_of(const Plan<T>& plan, int threads) {
+    return plan.blocks.empty() ? 0 : sizeof(T) * static_cast<size_t>(values_each(plan) * threads + plan.packed);
 }
 
 }  // namespace
 
-void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, DType dtype, const AdamSettings& settings,
-                        int threads) {
-    switch (dtype) {
-        case DType::f32:
-            return run<float>(parameters, settings, threads);
-        case DType::f64:
-            return run<double>(parameters, settings, threads);
-        default:
-            throw std::invalid_argument("projected_adam_cpu: float32 and float64 only");
+void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, const AdamSettings& settings, int threads) {
+    Plan<float> singles = make_plan<float>(parameters, settings);
+    Plan<double> doubles = make_plan<double>(parameters, settings);
+    const int64_t work = std::max(singles.blocks.size(), doubles.blocks.size());
+    threads = static_cast<int>(std::clamp<int64_t>(work, 1, std::max(threads, 1)));
+    Memory& memory = memory_of_this_thread();
+    const size_t bytes = std::max(bytes_of(singles, threads), bytes_of(doubles, threads));
+    void* const space = memory.take(bytes);
+    if (!singles.blocks.empty()) run(singles, static_cast<float*>(space), values_each(singles), threads);
+    if (!doubles.blocks.empty()) run(doubles, static_cast<double*>(space), values_each(doubles), threads);
+    for (const ProjectedParameter& p : parameters) {
+        if (p.step) *p.step += 1.0f;
     }
+    if (bytes > kKeptBytes) std::vector<double>().swap(memory.values);
 }
 
 }  // namespace clk

@@ -189,9 +189,12 @@ def test_wrong_lists_are_refused_by_the_module():
     if module is None:
         pytest.skip(str(_native.why_missing()))
     with pytest.raises(ValueError, match="different lengths"):
-        module.projected_adam_cpu([0] * 8, [], [], 0, 0.1, 0.9, 0.9, 1e-8, 0.0, False, True, 1.0, 1)
-    with pytest.raises(ValueError, match="float32 and float64 only"):
-        module.projected_adam_cpu([], [], [], 3, 0.1, 0.9, 0.9, 1e-8, 0.0, False, True, 1.0, 1)
+        module.projected_adam_cpu([0] * 8, [], [], 0.1, 0.9, 0.9, 1e-8, 0.0, False, True, 1.0, 1)
+    float32_weights_with_half_moments = [1, 1, 1, 0, 2] + [0] * 10
+    with pytest.raises(ValueError, match="no kernel for these types"):
+        module.projected_adam_cpu(
+            [0] * 8, float32_weights_with_half_moments, [0.0] * 5, 0.1, 0.9, 0.9, 1e-8, 0.0, False, True, 1.0, 1
+        )
 
 
 class Player:
@@ -203,9 +206,8 @@ class Player:
         self.parts: list[int] = []
 
     def projected_adam_cuda(self, part: int, pointers: Any, sizes: Any, numbers: Any, *rest: Any) -> None:
-        weight, moment, *settings = rest[:10]
-        lr_tensor, _, grad_scale, found_inf, scales, whole, workspace, _ = rest[10:]
-        assert (weight, moment, lr_tensor, grad_scale, found_inf) == (0, 0, 0, 0, 0)
+        settings, (lr_tensor, _, grad_scale, found_inf, scales, whole, workspace, _) = rest[:8], rest[8:]
+        assert (lr_tensor, grad_scale, found_inf) == (0, 0, 0)
         self.parts.append(part)
         integers = [(ctypes.c_int64 * len(values))(*values) for values in (pointers, sizes, (scales, whole, workspace))]
         floats = [(ctypes.c_double * len(values))(*values) for values in (numbers, settings)]

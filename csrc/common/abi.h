@@ -3,5 +3,5 @@
 #pragma once
 
 namespace clk {
-inline constexpr int kAbi = 1;
+inline constexpr int kAbi = 2;
 }

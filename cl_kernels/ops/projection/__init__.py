@@ -57,9 +57,12 @@ def project(update: Tensor, left: Projector | None = None, right: Projector | No
     """The projected update `P_left U P_right`, as a fresh tensor.
 
     `update` is [..., m, d] of any floating dtype (16-bit is computed in float32), `left` acts on m, `right` on d, None
-    leaves that side alone; batch dimensions broadcast. Differentiable, twice, in the update, the bases and tensor
-    scales. Raises `ValueError` where sizes differ, `RuntimeError` where devices do. Plain matrix products: 4 m d r
-    operations a side in the basis form, 2 m d^2 in the dense form. Source: NSP2, Alg. 2; GPM, Eq. 6.
+    `update` is [..., m, d] of any floating dtype (16-bit is computed in float32), `left` acts on m, `right` on d, None
+    leaves that side alone; batch dimensions broadcast. A 16-bit basis, and any on CUDA where torch multiplies in TF32,
+    is applied twice, P = (identity - span) I + span (I - V V^T)^2, because one pass leaks there. Differentiable, twice,
+    in the update, the bases and tensor scales. Raises `ValueError` where sizes differ, `RuntimeError` where devices do.
+    Plain matrix products: 4 m d r operations a side and pass in the basis form, 2 m d^2 in the dense form. Source:
+    NSP2, Alg. 2; GPM, Eq. 6.
     """
     _checks.floating("update", update)
     _checks.matrix("update", update)
@@ -99,10 +102,11 @@ def projected_adam_step_(
 
     Each parameter is [..., m, d] of any floating dtype, its gradient alike, its moments of its shape; a weight
     [out, c, kh, kw] may have a right projector of size c kh kw. `lr` is a number or a 0-d tensor. `grad_scale` divides
-    the gradients; where `found_inf` is not 0 nothing is written, decided on the device. Raises `ValueError` for shapes,
-    dtypes and expanded or overlapping outputs, `RuntimeError` for devices, before the first write.
+    the gradients; where `found_inf` is not 0 nothing is written, decided on the device. A 16-bit basis is applied twice
+    (see `project`). Raises `ValueError` for shapes, dtypes and expanded or overlapping outputs, `RuntimeError` for
+    devices; all checks and all allocations come before the first write.
 
-    Cost: one pass over p, g, m, v and 4 m d r operations a side. Source: NSP2 6 and Alg. 2; Adam-NSCL.
+    Cost: one pass over p, g, m, v and 4 m d r operations a side and pass. Source: NSP2 6 and Alg. 2; Adam-NSCL.
     """
     largest = [] if max_exp_avg_sqs is None else list(max_exp_avg_sqs)
     named: dict[str, Sequence[Any]] = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
@@ -114,6 +118,9 @@ def projected_adam_step_(
         _checks.number(name, value, 0.0, 1.0, closed=False)
     _checks.number("eps", eps, 0.0)
     _checks.number("weight_decay", weight_decay, 0.0)
+    for name, given in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if isinstance(given, Tensor) and given.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(given.shape)}")
     sides: list[tuple[Side, Side]] = []
     for i, param in enumerate(params):
         pair = (side_of(f"left[{i}]", left[i]), side_of(f"right[{i}]", right[i]))
@@ -151,13 +158,10 @@ def step_(
     """`projected_adam_step_` for a caller that has checked its lists and keeps its sides: the optimizers."""
     if not params:
         return
-    forms: list[int] = []
-    scales: list[float | Tensor] = []
-    for a, b in sides:
-        forms += (a[1], b[1])
-        scales += (*a[2:], *b[2:])
+    forms = [side[1] for pair in sides for side in pair]
+    scales = [scale for pair in sides for side in pair for scale in side[2:]]
     device_scales = None
-    if any(isinstance(scale, Tensor) for scale in scales):
+    if any(issubclass(kind, Tensor) for kind in set(map(type, scales))):
         device = params[0].device
         device_scales = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device) for s in scales]).view(
             -1, 4
@@ -231,7 +235,16 @@ def _check_entry(
         if matrix is not None:
             _checks.same_device(f"{side}[{i}]", matrix, name, param)
     sizes = [None if matrix is None else matrix.shape[-2] for matrix in (left[0], right[0])]
-    if matrix_shape(param.shape, *sizes) is None:
+    shape = matrix_shape(param.shape, *sizes)
+    if shape is None or not all(_fits_batch(param, shape, matrix) for matrix in (left[0], right[0])):
         raise ValueError(
             f"{name}: projectors of sizes {sizes[0]} (left) and {sizes[1]} (right) do not fit {tuple(param.shape)}"
         )
+
+
+def _fits_batch(param: Tensor, shape: tuple[int, int, int], matrix: Tensor | None) -> bool:
+    """Whether a batch of projectors broadcasts to the parameter's leading dimensions."""
+    if matrix is None:
+        return True
+    batch, lead = matrix.shape[:-2], param.shape[:-2] if shape[1:] == tuple(param.shape[-2:]) else ()
+    return len(batch) <= len(lead) and all(a in (1, b) for a, b in zip(reversed(batch), reversed(lead), strict=False))

@@ -43,7 +43,11 @@ class Step(NamedTuple):
 def distinct(s: Step) -> None:
     """Raise `ValueError` if a tensor is written twice or a gradient is written: parameters may run side by side."""
     written = [*s.params, *s.exp_avgs, *s.exp_avg_sqs, *s.max_exp_avg_sqs, *s.steps]
-    outputs = [t.data_ptr() for t in written if t.numel()]
+    addresses = list(map(Tensor.data_ptr, written))
+    once = set(addresses)
+    if len(once) == len(addresses) and once.isdisjoint(map(Tensor.data_ptr, s.grads)):
+        return
+    outputs = [t.data_ptr() for t in written if t.numel()]  # tensors without elements share the address 0
     once = set(outputs)
     if len(once) != len(outputs) or not once.isdisjoint([t.data_ptr() for t in s.grads if t.numel()]):
         raise ValueError("params, moments, steps and gradients: the same memory appears twice")

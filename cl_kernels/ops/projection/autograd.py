@@ -2,6 +2,8 @@
 
 For Y = P_l U P_r with upstream G, one side P = a I - b V V^T acting on X from the right with upstream H gives
     dU = P_l^T G P_r^T     da = <H, X>     db = -<H V, X V>     dV = -b (X^T H V + H^T X V)     dP = X^T H  (dense)
+and for a basis that is applied twice, P = a I - b V C V^T with C = 2 I - V^T V and K = X^T H V + H^T X V,
+    db = -<H V, X V C>     dV = -b (K C - V V^T K)
 where X = U, H = P_l^T G on the right, and X = (U P_r)^T, H = G^T, P^T in place of P on the left. Only what is asked for
 is computed: the scales of a plain `Projector` are numbers on the host, and their gradients would wait for the device.
 """
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels.ops.projection.reference import BASIS, DENSE, apply_right, cast, over
+from cl_kernels.ops.projection.reference import BASIS, DENSE, apply_right, cast, over, passes
 
 __all__ = ["backward", "setup_context"]
 
@@ -56,10 +58,8 @@ def _apply(
     """`x P`, or `x P^T`; the basis form is symmetric."""
     if matrix is None:
         return x
-    p = matrix.to(x.dtype)
-    return apply_right(
-        x, p.mT if transpose and form == DENSE else p, cast(identity, x.dtype), cast(span, x.dtype), form
-    )
+    p = matrix.mT if transpose and form == DENSE else matrix
+    return apply_right(x, p, cast(identity, x.dtype), cast(span, x.dtype), form)
 
 
 def _side(
@@ -78,13 +78,17 @@ def _side(
         return (x.mT @ h).sum_to_size(matrix.shape).to(matrix.dtype), None, None
     v = matrix.to(x.dtype)
     d_matrix = d_identity = d_span = None
+    twice = passes(matrix) == 2
     if needed[0] or needed[2]:
         hv, xv = h @ v, x @ v
+        correction = 2 * torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) - v.mT @ v if twice else None
     if needed[0]:
-        d_matrix = -over(span.to(x.dtype)) * (x.mT @ hv + h.mT @ xv)
-        d_matrix = d_matrix.sum_to_size(matrix.shape).to(matrix.dtype)
+        k = x.mT @ hv + h.mT @ xv
+        k = k if correction is None else k @ correction - v @ (v.mT @ k)
+        d_matrix = (-over(span.to(x.dtype)) * k).sum_to_size(matrix.shape).to(matrix.dtype)
     if needed[1]:
         d_identity = (h * x).sum(dim=(-2, -1)).sum_to_size(identity.shape).to(identity)
     if needed[2]:
+        xv = xv if correction is None else xv @ correction
         d_span = -(hv * xv).sum(dim=(-2, -1)).sum_to_size(span.shape).to(span)
     return d_matrix, d_identity, d_span

@@ -1,6 +1,7 @@
 """The formulas of the room in plain torch: short, slow on purpose, right in float64.
 
     U <- P_left U P_right,   P = identity I - span V V^T   or a dense P
+                             P = (identity - span) I + span (I - V V^T)^2   where V is 16-bit
     u  = -lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)   [ - lr wd p when decay is decoupled ]
     p <- p + P_left u P_right                           (method-null-space 6; moments see the raw gradient)
 
@@ -17,9 +18,21 @@ from torch import Tensor
 
 from cl_kernels.ops.projection.arguments import Step, distinct
 
-__all__ = ["BASIS", "DENSE", "NONE", "apply_left", "apply_right", "matrix_shape", "project", "projected_adam_step_"]
+__all__ = [
+    "BASIS",
+    "DENSE",
+    "NONE",
+    "TWICE",
+    "apply_left",
+    "apply_right",
+    "matrix_shape",
+    "passes",
+    "project",
+    "projected_adam_step_",
+]
 
 NONE, BASIS, DENSE = 0, 1, 2  # how one side of a parameter is given
+TWICE = 3  # how the kernels are told of a basis that is applied twice
 
 Scale = float | Tensor
 
@@ -30,6 +43,8 @@ def matrix_shape(shape: Sequence[int], left: int | None, right: int | None) -> t
     The last two dimensions are the matrix; a vector is one row; a weight [out, c, kh, kw] whose projectors do not fit
     its last two dimensions is [out, c kh kw].
     """
+    if len(shape) == 2:
+        return (1, shape[0], shape[1]) if left in (None, shape[0]) and right in (None, shape[1]) else None
     if len(shape) == 0:
         return None
     rows, columns = (shape[-2] if len(shape) > 1 else 1), shape[-1]
@@ -46,20 +61,35 @@ def matrix_shape(shape: Sequence[int], left: int | None, right: int | None) -> t
     return None
 
 
+def passes(basis: Tensor) -> int:
+    """How often a basis is applied: twice where it is orthonormal, or multiplied, to three digits only.
+
+    That is V in 16 bits, and products in TF32. What one pass leaves in the span of V, the second removes: energy 11 to
+    124 times the exact one after one pass in bfloat16, 0.9996 to 1.004 after two (performance.md 5).
+    """
+    if basis.dtype in (torch.float16, torch.bfloat16):
+        return 2
+    coarse = basis.is_cuda and basis.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return 2 if coarse else 1
+
+
 def apply_right(x: Tensor, matrix: Tensor, identity: Scale, span: Scale, form: int) -> Tensor:
-    """`x P`; costs 4 m d r operations with a basis, 2 m d^2 with a dense P."""
+    """`x P` in x's dtype; costs 4 m d r operations a pass with a basis, 2 m d^2 with a dense P."""
+    v = matrix.to(x.dtype)
     if form == DENSE:
-        return x @ matrix
-    scaled = over(identity) * x
-    return scaled - over(span) * ((x @ matrix) @ matrix.mT) if matrix.shape[-1] else scaled
+        return x @ v
+    if not v.shape[-1]:
+        return over(identity) * x
+    if passes(matrix) == 1:
+        return over(identity) * x - over(span) * ((x @ v) @ v.mT)
+    rest = x - (x @ v) @ v.mT
+    rest = rest - (rest @ v) @ v.mT
+    return (over(identity) - over(span)) * x + over(span) * rest
 
 
 def apply_left(x: Tensor, matrix: Tensor, identity: Scale, span: Scale, form: int) -> Tensor:
     """`P x`."""
-    if form == DENSE:
-        return matrix @ x
-    scaled = over(identity) * x
-    return scaled - over(span) * (matrix @ (matrix.mT @ x)) if matrix.shape[-1] else scaled
+    return apply_right(x.mT, matrix.mT if form == DENSE else matrix, identity, span, form).mT
 
 
 def over(scale: Scale) -> Scale:
@@ -82,11 +112,12 @@ def project(
     work = torch.promote_types(update.dtype, torch.float32)
     x = update.to(work)
     if right is not None:
-        x = apply_right(x, right.to(work), cast(right_identity, work), cast(right_span, work), right_form)
+        x = apply_right(x, right, cast(right_identity, work), cast(right_span, work), right_form)
     if left is not None:
-        x = apply_left(x, left.to(work), cast(left_identity, work), cast(left_span, work), left_form)
+        x = apply_left(x, left, cast(left_identity, work), cast(left_span, work), left_form)
     x = x.to(update.dtype)
-    return x.clone() if x is update else x  # the dispatcher's schema says: a fresh tensor
+    # The dispatcher's schema says: a fresh tensor; the fake kernel says: a contiguous one.
+    return x.clone(memory_format=torch.contiguous_format) if x is update else x.contiguous()
 
 
 def cast(scale: Tensor | None, dtype: torch.dtype) -> Scale:
@@ -95,9 +126,10 @@ def cast(scale: Tensor | None, dtype: torch.dtype) -> Scale:
 
 
 def projected_adam_step_(*arguments: Any) -> None:
-    """The whole step, one parameter after the other; arithmetic in the moments' dtype, at least float32."""
+    """The whole step in the moments' dtype, at least float32; all new values are made before the first is written."""
     s = Step(*arguments)
     distinct(s)
+    made: list[tuple[Tensor, Tensor]] = []
     rate: Scale = s.lr if s.lr_tensor is None else s.lr_tensor.double()
     for i, param in enumerate(s.params):
         work = torch.promote_types(s.exp_avgs[i].dtype, torch.float32)
@@ -122,7 +154,10 @@ def projected_adam_step_(*arguments: Any) -> None:
         new += [exp_avg, exp_avg_sq, step, largest]
         for target, value in zip((param, s.exp_avgs[i], s.exp_avg_sqs[i], s.steps[i], *most), new, strict=False):
             skip = s.found_inf
-            target.copy_(value if skip is None else torch.where(skip.to(value.device) != 0, target, value))
+            kept = value if skip is None else torch.where(skip.to(value.device).reshape(()) != 0, target, value)
+            made.append((target, kept))
+    for target, value in made:
+        target.copy_(value)
 
 
 def _corrected(m: Tensor, v: Tensor, step: Tensor, lr: Scale, beta1: float, beta2: float, eps: float) -> Tensor:
@@ -144,7 +179,7 @@ def _projected(update: Tensor, i: int, step: Step) -> Tensor:
     if step.device_scales is not None:
         a = list(step.device_scales[i].to(update.dtype).unbind())
     if right is not None:
-        x = apply_right(x, right.to(update.dtype), a[2], a[3], forms[1])
+        x = apply_right(x, right, a[2], a[3], forms[1])
     if left is not None:
-        x = apply_left(x, left.to(update.dtype), a[0], a[1], forms[0])
+        x = apply_left(x, left, a[0], a[1], forms[0])
     return x.reshape(update.shape)
