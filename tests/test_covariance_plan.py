@@ -101,9 +101,7 @@ def test_plan_and_kernels_agree():
     tiles = {config["TILE"] for table in kernels.TILES.configs.values() for config in table.values()}
     assert tiles == set(plan.COSTS)
     for capability, (dtype, config) in itertools.product(_tuning.ARCHITECTURES, kernels.TILES.configs[90].items()):
-        sums = kernels.SUM.choose(
-            capability, "fp64", f"{config['TILE']}-split" if config["SPLIT"] else f"{config['TILE']}"
-        )
+        sums = kernels.SUM.choose(capability, "fp64", str(config["TILE"]))
         assert sums["TILE"] == config["TILE"], dtype
 
 

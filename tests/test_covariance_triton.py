@@ -168,6 +168,13 @@ def test_an_outlier_column_leaves_the_others_exact(backend):
     assert float(((cov - wanted) / scale / scale[:, None]).abs().max()) < 2e-7  # relative in each row and column
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_of_any_size_are_scaled_with_their_rows(backend, dtype):
+    x, weight = torch.randn(100, 20).to(dtype), torch.rand(100) * torch.logspace(-20, 20, 100)
+    wanted = gold(x, weight)[0]
+    assert relative(update_covariance_(zeros(20), x, weight=weight), wanted) < 5e-7
+
+
 def test_outlier_rows_cost_no_more_than_a_float32_product_loses(backend):
     x = torch.randn(300, 24)
     x[5, 3], x[9, 4] = 1e6, -1e6

@@ -192,7 +192,7 @@ def _launch(kind: _Kind, matrices: list[plan.Matrix], with_sums: bool, alpha: fl
     tiles = kernels.TILES.choose(capability, name, kind.size)
     strips = kernels.STRIPS.choose(capability, name, "any" if kind.size in ("any", "weighted") else "aligned")
     tile, split = tiles["TILE"], tiles["SPLIT"]
-    sums = kernels.SUM.choose(capability, _triton.dtype_name(kind.state), f"{tile}-split" if split else f"{tile}")
+    sums = kernels.SUM.choose(capability, _triton.dtype_name(kind.state), str(tile))
     parts = list(plan.launches(matrices, tile, sums["ROWS_AT_ONCE"]))
     scales = [struct.unpack("q", struct.pack("d", value))[0] for value in (alpha, beta)]
     floats = max(tile * tile * part.tiles + part.columns for part in parts)
@@ -206,7 +206,7 @@ def _launch(kind: _Kind, matrices: list[plan.Matrix], with_sums: bool, alpha: fl
                 _run(kernels.STRIPS, strips, part.strips, *arguments)
             if part.tiles:
                 _run(kernels.TILES, tiles, part.tiles, *arguments, workspace)
-            _run(kernels.SUM, sums, part.sums, *arguments, workspace, *scales)
+            _run(kernels.SUM, sums, part.sums, *arguments, workspace, int(split), *scales)
 
 
 def _run(table: _tuning.KernelTable, config: _tuning.Config, items: int, *arguments: Any) -> None:

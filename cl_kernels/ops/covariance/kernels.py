@@ -178,10 +178,10 @@ def store_scaled(address, wide, offsets, sums, alpha, beta, mask, read):
         tl.store(short, (beta * before + alpha * sums).to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["matrices", "alpha_bits", "beta_bits"])
+@triton.jit(do_not_specialize=["matrices", "scaled", "alpha_bits", "beta_bits"])
 def cl_gram_sum(
-    table, matrices, columns, partial, alpha_bits: tl.int64, beta_bits: tl.int64, MOST: tl.constexpr,
-    STATE: tl.constexpr, TILE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
+    table, matrices, columns, partial, scaled, alpha_bits: tl.int64, beta_bits: tl.int64, MOST: tl.constexpr,
+    STATE: tl.constexpr, TILE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Chunks added in ascending order in float64, whatever the dtype of the state; both triangles written.
 
@@ -208,10 +208,9 @@ def cl_gram_sum(
             loaded = within < tl.where(chunk < chunks, TILE, 0)  # the whole tile: zeros were stored beyond the edge
             place = partial + item_place(record, chunk, pair, TILE) + above[:, None] * TILE + within[None, :]
             some = tl.load(place, mask=loaded[None, :], other=0.0).to(tl.float64)
-            if SPLIT:
-                left = tl.load(scales + chunk * 3 * size + row, mask=row < there, other=1.0)
-                right = tl.load(scales + (chunk * 3 + 1) * size + column, mask=column < there, other=1.0)
-                some = some * left.to(tl.float64)[:, None] * right.to(tl.float64)[None, :]
+            left = tl.load(scales + chunk * 3 * size + row, mask=row < there * scaled, other=1.0)
+            right = tl.load(scales + (chunk * 3 + 1) * size + column, mask=column < there * scaled, other=1.0)
+            some = some * left.to(tl.float64)[:, None] * right.to(tl.float64)[None, :]
             sums += some
     above_diagonal = row[:, None] <= column[None, :]
     upper = above_diagonal & (column < size)[None, :]
@@ -271,33 +270,32 @@ def _tile_configs(short, wide):
     return configs
 
 
-def _strip_configs():
+def _strip_configs(step):
     configs = {}
     for dtype in ("bf16", "fp16", "fp32"):
         for size, aligned in (("aligned", _VECTOR[dtype]), ("any", 1)):
-            constants = {"MOST": MOST, "DTYPE": _TYPES[dtype], "STEP": 64, "ALIGNED": aligned}
+            constants = {"MOST": MOST, "DTYPE": _TYPES[dtype], "STEP": step, "ALIGNED": aligned}
             configs[dtype, size] = _tuning.Config(tuple(constants.items()), 4, 4)
     return configs
 
 
-def _sum_configs():
+def _sum_configs(ahead):
     configs = {}
     for dtype in ("fp32", "fp64"):
         for tile in (64, 128):
-            for halves in (False, True):
-                constants = {"MOST": MOST, "STATE": _TYPES[dtype], "TILE": tile}
-                constants |= {"ROWS_AT_ONCE": 16, "AHEAD": 2 if halves else 4, "SPLIT": halves}
-                name = f"{tile}-split" if halves else f"{tile}"
-                configs[dtype, name] = _tuning.Config(tuple(constants.items()), 4, 1)
+            constants = {"MOST": MOST, "STATE": _TYPES[dtype], "TILE": tile, "ROWS_AT_ONCE": 16, "AHEAD": ahead}
+            configs[dtype, str(tile)] = _tuning.Config(tuple(constants.items()), 4, 1)
     return configs
 
 
 def _types(dtype):
     arguments = {"table": "*i64", "matrices": "i32", "columns": "*fp32", "partial": "*fp32"}
-    return arguments | {"alpha_bits": "i64", "beta_bits": "i64"}
+    return arguments | {"scaled": "i32", "alpha_bits": "i64", "beta_bits": "i64"}
 
 
-STRIPS = _tuning.declare(cl_gram_strips, _types, {c: _strip_configs() for c in _tuning.ARCHITECTURES})
+STRIPS = _tuning.declare(
+    cl_gram_strips, _types, {80: _strip_configs(32), 90: _strip_configs(64), 100: _strip_configs(64)}
+)
 TILES = _tuning.declare(
     cl_gram_tiles,
     _types,
@@ -307,4 +305,4 @@ TILES = _tuning.declare(
         100: _tile_configs((128, 64, 8, 4), (128, 32, 8, 3)),
     },
 )
-SUM = _tuning.declare(cl_gram_sum, _types, {c: _sum_configs() for c in _tuning.ARCHITECTURES})
+SUM = _tuning.declare(cl_gram_sum, _types, {80: _sum_configs(2), 90: _sum_configs(4), 100: _sum_configs(4)})
