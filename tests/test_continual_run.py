@@ -55,7 +55,7 @@ class TestResults:
         assert [drift["relative"][i][i] for i in range(3)] == [0, 0, 0]
         assert (drift["final_relative"] == 0) == (name in ("class-mean", "linear"))
         assert 0 <= drift["final_cosine"] <= 2
-        protects = name in ("nsp2", "nsp2-exact", "null-space", "adam-nscl", "gpm", "matched-lr")
+        protects = name in ("nsp2", "nsp2-exact", "null-space", "adam-nscl", "gpm", "inf-lora", "matched-lr")
         assert [bool(part) for part in found["subspace"]] == [protects] * 3
         assert [len(part) for part in found["loss"]] == [0 if name == "class-mean" else 3] * 3
         assert all(part[-1] < part[0] for part in found["loss"][:1] if part), "the first task trains unprojected"

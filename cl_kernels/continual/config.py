@@ -64,6 +64,7 @@ class RunConfig:
         version                 1
         method, data, backbone, stream, seed, config{...}, fingerprint
         tasks[T]                {"name", "classes": [global class index], "class_names", "domain", "train", "test"}
+        protocol                how a test image finds its model; numbers of different protocols may not be compared
         accuracy_matrix[T][T]   R[i][j]: accuracy on task j after task i, argmax over every class seen
         average_accuracy        mean of the last row
         forgetting              mean over old tasks of (best before the last task) - last: the paper's, may be negative

@@ -29,6 +29,7 @@ class Record:
     train_seconds: list[float] = field(default_factory=list)
     end_seconds: list[float] = field(default_factory=list)
     evaluate_seconds: list[float] = field(default_factory=list)
+    protocol: str = ""
     checkpoint_seconds: float = 0.0
     total_seconds: float = 0.0
 
@@ -61,6 +62,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
             }
             for task in tasks
         ],
+        "protocol": record.protocol,
         "accuracy_matrix": _square(record.accuracy),
         "average_accuracy": metrics.average_accuracy(record.accuracy),
         "forgetting": metrics.forgetting(record.accuracy),

@@ -187,10 +187,13 @@ class _Trainer:
         rows: dict[str, list[float]] = {"accuracy": [], "task_accuracy": [], "relative": [], "cosine": []}
         for old in range(index + 1):
             classes = self.session.tasks[old].classes
+            self.method.assume_task(old)
             score = evaluate(self.method, self._test(old), classes, self.config.eval_batch_size)
             relative, cosine = feature_drift(score.features, state.references.setdefault(old, score.features))
             for name, value in zip(rows, (score.accuracy, score.task_accuracy, relative, cosine), strict=True):
                 rows[name].append(value)
+        self.method.assume_task(None)
+        state.record.protocol = self.method.protocol
         for name, row in rows.items():
             getattr(state.record, name).append(row)
         state.record.evaluate_seconds.append(time.perf_counter() - start)

@@ -95,6 +95,14 @@ class HeadMethod:
     def device(self) -> torch.device:
         return self._like.device
 
+    @property
+    def protocol(self) -> str:
+        """How a test image finds its model; numbers of different protocols may not be compared."""
+        return "one model for every image"
+
+    def assume_task(self, task: int | None) -> None:
+        """Tell which task the next test images are from; only a protocol that says so listens."""
+
     def begin_task(self, task: Task) -> None:
         """Add the task's head, initialise it, and make a new optimizer: moments are reset at every task."""
         record = TaskRecord.of(task)

@@ -15,8 +15,11 @@ from cl_kernels.methods.adam_nscl import AdamNSCLOptions, create_adam_nscl
 from cl_kernels.methods.class_mean import ClassMean
 from cl_kernels.methods.full import Full
 from cl_kernels.methods.gpm import GPMOptions, create_gpm
+from cl_kernels.methods.inf_lora import InfLoRA
 from cl_kernels.methods.joint import JointOptions, create_joint
 from cl_kernels.methods.linear import Linear
+from cl_kernels.methods.lora import OLoRA, SDLoRA, SequentialLoRA
+from cl_kernels.methods.lorac import LoRAC, LoRACIPC
 from cl_kernels.methods.matched_lr import MatchedOptions, create_matched
 from cl_kernels.methods.nsp2 import NSP2
 from cl_kernels.methods.nsp2_exact import NSP2Exact
@@ -38,6 +41,12 @@ _METHODS: dict[str, tuple[Factory, type[Options]]] = {
     "null-space": (NullSpace, NullSpace.options_type),
     "adam-nscl": (create_adam_nscl, AdamNSCLOptions),
     "gpm": (create_gpm, GPMOptions),
+    "sequential-lora": (SequentialLoRA, SequentialLoRA.options_type),
+    "lorac": (LoRAC, LoRAC.options_type),
+    "lorac-ipc": (LoRACIPC, LoRACIPC.options_type),
+    "o-lora": (OLoRA, OLoRA.options_type),
+    "inf-lora": (InfLoRA, InfLoRA.options_type),
+    "sd-lora": (SDLoRA, SDLoRA.options_type),
     "joint": (create_joint, JointOptions),
 }
 

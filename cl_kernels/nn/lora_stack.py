@@ -72,7 +72,7 @@ class LoRAStack(nn.Module):
             setattr(owner, attribute, wrapped)
         self.task = -1  # number of the task that trains or trained last
         self.training_task = False
-        self._generator = generator
+        self.generator = generator  # of random down-projections, drawn on the CPU; None: torch's own state
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]  # torch's own
         self._importance: Importance | None = None
 
@@ -183,6 +183,11 @@ class LoRAStack(nn.Module):
         self.task, self.training_task = int(state["task"]), bool(state["training_task"])
 
     # ------------------------------------------------------------------------------------------------ importance
+    @property
+    def importance(self) -> Importance | None:
+        """The statistics since the last `freeze_important`; None before the first recorded pass."""
+        return self._importance
+
     @contextmanager
     def record_importance(self, *, beta1: float = 0.85, beta2: float = 0.85) -> Iterator[Importance]:
         """While open, forward and backward passes update the sensitivity of each adapted weight; see `Importance`.
@@ -271,7 +276,7 @@ class LoRAStack(nn.Module):
 
     def _random_a(self, adapters: Adapters) -> Tensor:
         size, bound = adapters.past_a.shape[0], kaiming_bound(self.rank)
-        drawn = torch.empty(size, self.rank).uniform_(-bound, bound, generator=self._generator)
+        drawn = torch.empty(size, self.rank).uniform_(-bound, bound, generator=self.generator)
         return drawn.to(adapters.past_a)
 
 
