@@ -145,8 +145,8 @@ def test_the_table_names_tests_that_exist() -> None:
 
 
 def test_the_documentation_is_python_and_names_what_exists() -> None:
-    import cl_kernels.integrations as integrations  # noqa: PLC0415
-    from cl_kernels import optim  # noqa: PLC0415
+    import cl_kernels.integrations as integrations
+    from cl_kernels import optim
 
     text = (TESTS.parent / "docs" / "optimizers.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)

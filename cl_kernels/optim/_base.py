@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.optim import _gradients, _names, _shards, _subspace
-from cl_kernels.optim._subspace import Prepared, Store
+from cl_kernels.optim._subspace import Prepared, Ready, Store
 
 __all__ = ["ProjectedOptimizer"]
 
@@ -33,7 +33,7 @@ class ProjectedOptimizer(Optimizer):
         self._store: Store | None = None
         self._strict = True
         self._seen: tuple[int, int] | None = None  # identity and version of the store behind _ready
-        self._ready: dict[Tensor, Prepared | None] = {}
+        self._ready: dict[Tensor, Ready | None] = {}
         self._start: dict[Tensor, Tensor] = {}
         self._expected: dict[str, str] = {}  # fingerprints of a loaded state whose store was still empty
         self._nonfinite = nonfinite
@@ -110,9 +110,9 @@ class ProjectedOptimizer(Optimizer):
             found = self._ready[parameter] = self._look_up(store, parameter)
         if found is not None and _subspace.outdated(found, parameter):
             found = self._ready[parameter] = self._look_up(store, parameter)
-        return found
+        return None if found is None else found[0]
 
-    def _look_up(self, store: Store, parameter: Tensor) -> Prepared | None:
+    def _look_up(self, store: Store, parameter: Tensor) -> Ready | None:
         name = self._names.get(parameter)
         keys = set(store.keys())
         if name is None and keys:
@@ -121,10 +121,10 @@ class ProjectedOptimizer(Optimizer):
                 "`model.named_parameters()` to the optimizer, or call `bind(model)` after editing its groups"
                 + (f". If an engine put it there: {_shards.FLATTENED}" if parameter.ndim == 1 else "")
             )
-        return _subspace.prepare(name, parameter, store.sides(name)) if name in keys and name is not None else None
+        return _subspace.ready(name, parameter, store.sides(name)) if name in keys and name is not None else None
 
     def _adopt(self, store: Store | None, strict: bool, *, restart: bool) -> None:
-        ready: dict[Tensor, Prepared | None] = {}
+        ready: dict[Tensor, Ready | None] = {}
         covered: dict[Tensor, str] = {}  # in the order of the groups, the same in every process
         if store is not None:
             keys = set(store.keys())

@@ -14,9 +14,22 @@ from cl_kernels.ops.projection import BASIS, DENSE, NONE, Side, matrix_shape, si
 from cl_kernels.optim import _shards
 from cl_kernels.subspace import SubspaceStore
 
-__all__ = ["Prepared", "Store", "as_store", "embedded", "leak", "outdated", "prepare", "shared_memory", "tensors_of"]
+__all__ = [
+    "Prepared",
+    "Ready",
+    "Store",
+    "as_store",
+    "embedded",
+    "leak",
+    "outdated",
+    "prepare",
+    "ready",
+    "shared_memory",
+    "tensors_of",
+]
 
 Prepared = tuple[Side, Side]
+Ready = tuple[Prepared, torch.device, torch.dtype, torch.Size]
 _ORTHONORMAL = 1e-5  # largest entry of V^T V - I; float32 solvers reach 1e-6, half of that is rounding of V itself
 
 
@@ -58,24 +71,19 @@ def prepare(name: str, parameter: Tensor, sides: Sides) -> Prepared | None:
             + (f". {why}" if why else "")
         )
     _shards.check_placements(name, parameter, *sizes)
-    left, right = (_ready(name, parameter, side) for side in sides)
+    left, right = (_side(name, parameter, side) for side in sides)
     return None if left[1] == right[1] == NONE else (left, right)
 
 
-def outdated(prepared: Prepared, parameter: Tensor) -> bool:
-    """Whether the model was moved, converted or resized since `prepare`: then it has to be called again."""
-    left, right = prepared[0][0], prepared[1][0]
-    matrix = right if left is None else left
-    if matrix is None:
-        return False
-    return (
-        matrix.device != parameter.device
-        or (matrix.dtype != parameter.dtype and matrix.dtype != torch.promote_types(parameter.dtype, torch.float32))
-        or matrix_shape(
-            parameter.shape, None if left is None else left.shape[-2], None if right is None else right.shape[-2]
-        )
-        is None
-    )
+def ready(name: str, parameter: Tensor, sides: Sides) -> Ready | None:
+    """`prepare`, with what it depends on of the parameter."""
+    prepared = prepare(name, parameter, sides)
+    return None if prepared is None else (prepared, parameter.device, parameter.dtype, parameter.shape)
+
+
+def outdated(entry: Ready, parameter: Tensor) -> bool:
+    """Whether the model was moved, converted or resized since `ready`: then it has to be called again."""
+    return parameter.shape != entry[3] or parameter.dtype != entry[2] or parameter.device != entry[1]
 
 
 def shared_memory(named: Mapping[str, Tensor]) -> None:
@@ -93,7 +101,7 @@ def shared_memory(named: Mapping[str, Tensor]) -> None:
             )
 
 
-def _ready(name: str, parameter: Tensor, projector: Projector | None) -> Side:
+def _side(name: str, parameter: Tensor, projector: Projector | None) -> Side:
     matrix, form, identity, span = side_of(name, projector)
     if matrix is None:
         return matrix, form, identity, span

@@ -44,7 +44,7 @@ class ProjectedUpdates:
         self._names: dict[Tensor, str] = {}
         self._kept: list[_Kept] = []
         self._seen: int | None = None
-        self._ready: dict[Tensor, _subspace.Prepared | None] = {}
+        self._ready: dict[Tensor, _subspace.Ready | None] = {}
         for group in optimizer.param_groups:
             names = group.get("param_names", ())
             self._names.update(zip(group["params"], map(_names.plain_name, names), strict=False))
@@ -83,7 +83,7 @@ class ProjectedUpdates:
         if strict and unknown:
             raise SubspaceMismatchError(f"unknown parameters: {', '.join(unknown[:5])}; strict=False ignores them")
         covered = {} if checked is None else {p: n for p in present if (n := self._names.get(p)) in keys and n}
-        ready = {p: _subspace.prepare(name, p, checked.sides(name)) for p, name in covered.items() if checked}
+        ready = {p: _subspace.ready(name, p, checked.sides(name)) for p, name in covered.items() if checked}
         _subspace.shared_memory({name: p for p, name in covered.items()})
         self._store, self._ready = checked, {p: ready.get(p) for p in present}
         self._seen = None if checked is None else checked.version
@@ -113,16 +113,15 @@ class ProjectedUpdates:
         if p in self._ready:
             found = self._ready[p]
             if found is None or not _subspace.outdated(found, p):
-                return found
+                return None if found is None else found[0]
         name, keys = self._names.get(p), set(store.keys())
         if name is None and keys:
             raise SubspaceMismatchError(
                 f"a parameter of shape {tuple(p.shape)} has no name: call `bind(model)` after editing the groups"
                 + (f". If an engine put it there: {_shards.FLATTENED}" if p.ndim == 1 else "")
             )
-        found = _subspace.prepare(name, p, store.sides(name)) if name in keys and name else None
-        self._ready[p] = found
-        return found
+        found = self._ready[p] = _subspace.ready(name, p, store.sides(name)) if name in keys and name else None
+        return None if found is None else found[0]
 
     def _keep(self, p: Tensor, sides: _subspace.Prepared) -> _Kept:
         here = _shards.local(p)
