@@ -23,6 +23,7 @@ that need a GPU say so. `test_the_table_names_tests_that_exist` reads this table
     F10 gradients of some only             test_optim: test_parameters_without_gradient_are_left_out
     F11 no gradients at all                test_optim: test_no_gradients_at_all_is_no_step, test_a_scaler_without_any_gradient_says_so
     F12 denormals, zeros, eps = 0          test_eps_zero_and_denormals_give_no_nan
+    O12 also with 16-bit bases             test_a_16_bit_basis_stays_16_bit_and_keeps_the_promise
     F13 fake tensors, compile              test_optim: test_a_compiled_step_is_one_graph_and_is_not_compiled_again
     F13 vmap                               test_vmap_over_a_step_is_refused
     F14 threads (streams, devices: GPU)    test_two_threads_train_two_models
@@ -375,6 +376,31 @@ def test_eps_zero_and_denormals_give_no_nan(net: Net, backend: str, eps: float, 
             net.prompt.grad[0, 1] = 0.0
             optimizer.step()
             assert net.prompt.isfinite().all(), scale
+
+
+@pytest.mark.parametrize("how", ["adamw", "sgd", "wrapped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_basis_stays_16_bit_and_keeps_the_promise(how: str, dtype: torch.dtype) -> None:
+    """It is orthonormal to three digits: applied once it would leave a thousandth of each step inside."""
+    v = basis(64, 16).to(dtype)
+    p, x = nn.Parameter(0.1 * torch.randn(8, 64)), {"w": Projector(v)}
+    start = p.detach().clone()
+    if how == "wrapped":
+        optimizer: Any = torch.optim.AdamW([("w", p)], lr=1e-2)
+        project_updates(optimizer, x)
+    else:
+        optimizer = OPTIMIZERS[how]([("w", p)], subspace=x)
+        held = optimizer._ready[p][0][1][0]
+        assert held.dtype == dtype
+    for _ in range(50):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    moved = (p.detach() - start).double()
+    span = torch.linalg.qr(v.double())[0]
+    assert (moved @ span).norm() <= 3e-5 * moved.norm()
+    once = torch.randn(8, 64).double()
+    once = once - once @ v.double() @ v.double().mT
+    assert (once @ span).norm() > 5e-5 * once.norm()
 
 
 def test_vmap_over_a_step_is_refused() -> None:
