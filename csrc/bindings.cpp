@@ -103,6 +103,19 @@ void qr_backward_cpu(const std::array<int64_t, 15>& fields, int dtype, int threa
     clk::qr_backward_cpu(clk::qr_gradients(fields), static_cast<clk::DType>(dtype), threads);
 }
 
+#ifdef CLK_CUDA
+void qr_cuda(const std::array<int64_t, 12>& fields, int dtype, std::intptr_t workspace, std::intptr_t stream) {
+    const py::gil_scoped_release release;
+    clk::qr_cuda(clk::qr_batch(fields), static_cast<clk::DType>(dtype), clk::pointer<double>(workspace), stream);
+}
+
+void qr_backward_cuda(const std::array<int64_t, 15>& fields, int dtype, std::intptr_t workspace, std::intptr_t stream) {
+    const py::gil_scoped_release release;
+    clk::qr_backward_cuda(clk::qr_gradients(fields), static_cast<clk::DType>(dtype), clk::pointer<double>(workspace),
+                          stream);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -122,5 +135,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("qr_backward_cpu", &qr_backward_cpu);
 #ifdef CLK_CUDA
     m.def("projected_adam_cuda", &projected_adam_cuda);
+    m.def("qr_workspace", &clk::qr_workspace);
+    m.def("qr_cuda", &qr_cuda);
+    m.def("qr_backward_cuda", &qr_backward_cuda);
 #endif
 }

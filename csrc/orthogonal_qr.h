@@ -10,7 +10,7 @@
 namespace clk {
 
 // What became of a matrix; the same numbers as in reference.py.
-enum QrStatus : int32_t { kQrOk = 0, kQrDeficient = 1, kQrNonFinite = 2 };
+enum QrStatus : int32_t { kQrOk = 0, kQrDeficient = 1, kQrNonFinite = 2, kQrDeclined = 3 };
 
 // A batch of m x n matrices, m >= n, given by any strides in elements. q, r and solve are contiguous; solve is the
 // matrix S with gA = X S: R^-T, or its damped form where the rank is deficient. `floor` is null or holds, for each
@@ -30,7 +30,7 @@ struct QrGradients {
     const void *q, *r, *solve;
     void* ga;
     int64_t batch, m, n;
-    std::array<int64_t, 3> gq_strides, gr_strides;  // matrix, row, column
+    int64_t gq_matrix, gq_row, gq_column, gr_matrix, gr_row, gr_column;  // strides
 };
 
 // From the fields in their order, as Python passes them.
@@ -58,17 +58,22 @@ inline QrGradients qr_gradients(const std::array<int64_t, 15>& f) {
             f[6],
             f[7],
             f[8],
-            {f[9], f[10], f[11]},
-            {f[12], f[13], f[14]}};
+            f[9],
+            f[10],
+            f[11],
+            f[12],
+            f[13],
+            f[14]};
 }
 
 // All of one element type, f32 or f64. The result for a matrix depends neither on `threads` nor on its neighbours.
-// On the CPU, solve of a deficient f64 matrix is left to the caller: LAPACK has the SVD that it takes.
+// On the CPU an f64 matrix without full rank is left alone, with status kQrDeclined: the caller has LAPACK.
 void qr_cpu(const QrBatch& batch, DType dtype, int threads);
 void qr_backward_cpu(const QrGradients& batch, DType dtype, int threads);
 
-// Doubles of workspace for each matrix of n columns; the least is 0.
-int64_t qr_workspace(int64_t n);
+// Doubles of workspace that CUDA needs for each matrix of n columns, n <= 480; few columns fit into shared memory.
+inline constexpr int64_t kQrSharedColumns = 32;
+inline int64_t qr_workspace(int64_t n) { return n <= kQrSharedColumns ? 0 : 5 * n * n + 4 * n + 8; }
 void qr_cuda(const QrBatch& batch, DType dtype, double* workspace, std::intptr_t stream);
 void qr_backward_cuda(const QrGradients& batch, DType dtype, double* workspace, std::intptr_t stream);
 

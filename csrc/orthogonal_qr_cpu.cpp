@@ -120,7 +120,7 @@ CLK_INLINE Chunk<T> chunk_of(const QrView<T>& v, int64_t first, int64_t count, i
 
 template <typename T, int Bytes>
 struct CpuEngine {
-    static constexpr bool kFills = true;
+    static constexpr bool kBlock = false;
     static constexpr int64_t MR = kTileRows<Bytes>;
     int64_t m, n, ld;
     QrSpace space;
@@ -400,11 +400,7 @@ struct Forward {
     template <int Bytes>
     static CLK_INLINE void body(const QrBatch& b, int64_t i, double* memory) {
         CpuEngine<T, Bytes> engine(memory, b.m, b.n);
-        const int64_t mn = b.m * b.n, nn = b.n * b.n;
-        qr_matrix(engine, QrMatrix<T>{static_cast<const T*>(b.a) + i * b.batch_stride, b.row_stride, b.column_stride,
-                                      b.floor ? static_cast<const T*>(b.floor) + i * b.n : nullptr,
-                                      static_cast<T*>(b.q) + i * mn, static_cast<T*>(b.r) + i * nn,
-                                      static_cast<T*>(b.solve) + i * nn, b.status + i});
+        qr_matrix(engine, qr_matrix_of<T>(b, i));
     }
 };
 
@@ -414,11 +410,7 @@ struct Backward {
     template <int Bytes>
     static CLK_INLINE void body(const QrGradients& b, int64_t i, double* memory) {
         CpuEngine<T, Bytes> engine(memory, b.m, b.n);
-        const int64_t mn = b.m * b.n, nn = b.n * b.n;
-        const auto at = [i](const void* p, int64_t step) { return p ? static_cast<const T*>(p) + i * step : nullptr; };
-        qr_backward_matrix(engine, QrGradient<T>{at(b.gq, b.gq_strides[0]), at(b.gr, b.gr_strides[0]), b.gq_strides[1],
-                                                 b.gq_strides[2], b.gr_strides[1], b.gr_strides[2], at(b.q, mn),
-                                                 at(b.r, nn), at(b.solve, nn), static_cast<T*>(b.ga) + i * mn});
+        qr_backward_matrix(engine, qr_gradient_of<T>(b, i));
     }
 };
 

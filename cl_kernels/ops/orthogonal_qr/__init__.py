@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_kernels.errors import NonFiniteError, SubspaceError
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import define, register_autograd
-from cl_kernels.ops.orthogonal_qr import autograd, native, reference
+from cl_kernels.ops.orthogonal_qr import autograd, cuda, native, reference
 from cl_kernels.ops.orthogonal_qr.compositions import PENALTIES, extend, penalty, polar_factor
 
 __all__ = ["QR", "Extension", "extend_basis", "orthogonality_penalty", "polar", "qr"]
@@ -52,6 +52,7 @@ _qr = define(
     reference=reference.qr,
     fake=_fake_qr,
     native_cpu=native.qr,
+    native_cuda=cuda.qr,
 )
 register_autograd("qr", autograd.qr_backward, autograd.qr_context)
 
@@ -61,6 +62,7 @@ define(
     reference=reference.qr_backward,
     fake=lambda gq, gr, q, r, solve: torch.empty_like(q, memory_format=torch.contiguous_format),
     native_cpu=native.qr_backward,
+    native_cuda=cuda.qr_backward,
 )
 
 _polar = define(

@@ -12,15 +12,15 @@ __all__ = ["allocate", "backward_fields", "forward_fields", "qr", "qr_backward"]
 
 
 def qr(a: Tensor, floor: Tensor | None = None) -> reference.Factors:
-    """A thread for each matrix. LAPACK does the SVD that the gradient of deficient float64 matrices takes."""
+    """A thread for each matrix; float64 matrices without full rank are left to LAPACK."""
     out = allocate(a)
     fields, _held = forward_fields(a, floor, out)
     _native.load().qr_cpu(fields, _native.DTYPE[a.dtype], torch.get_num_threads())
     if a.dtype == torch.float64 and a.numel():
-        flagged = out[3] == reference.DEFICIENT
-        if bool(flagged.any()):
-            r = out[1][flagged]
-            out[2][flagged] = reference.solver(r, torch.ones(len(r), dtype=torch.bool), a.dtype)
+        declined = out[3] == reference.DECLINED
+        if bool(declined.any()):
+            for mine, found in zip(out, reference.qr(a[declined]), strict=True):
+                mine[declined] = found
     return out
 
 

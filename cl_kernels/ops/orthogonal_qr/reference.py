@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DEFICIENT", "NONFINITE", "OK", "backward", "polar_backward", "qr", "qr_backward", "solver"]
+__all__ = ["DECLINED", "DEFICIENT", "NONFINITE", "OK", "backward", "polar_backward", "qr", "qr_backward", "solver"]
 
-OK, DEFICIENT, NONFINITE = 0, 1, 2  # csrc/orthogonal_qr.h: QrStatus
+OK, DEFICIENT, NONFINITE, DECLINED = 0, 1, 2, 3  # csrc/orthogonal_qr.h: QrStatus
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
