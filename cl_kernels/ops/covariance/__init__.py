@@ -66,6 +66,10 @@ def update_covariances_(
 ) -> None:
     """`update_covariance_` for many layers in one call; sizes and dtypes may differ from layer to layer.
 
+    On CUDA one launch forms the upper tiles of all layers and another one sums their chunks, without waiting for the
+    device, in a workspace of at most 64 MB; what needs more is cut into several such pairs (twelve layers of 768: two).
+    float32 rows take one more pass for the scale of their columns, and so does `totals`. The bits of a layer do not
+    depend on the others. After one call to compile the kernels, a CUDA graph may capture it.
     All states must be distinct: a layer that is used twice gives its rows in two calls, or concatenated.
     Raises as `update_covariance_`, naming the entry; a wrong entry anywhere changes nothing.
     """
