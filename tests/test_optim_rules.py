@@ -15,18 +15,20 @@ that need a GPU say so. `test_the_table_names_tests_that_exist` reads this table
     O8  no gradient, no step               test_optim: test_parameters_without_gradient_are_left_out
     O9  GradScaler's contract              test_optim: test_grad_scaler_contract, test_grad_scaler_of_torch
     O10 lr as a tensor, schedulers         test_a_tensor_rate_is_followed_in_place, test_integrations: test_timms_scheduler_honours_lr_scale_with_a_subspace
+    O10 in a CUDA graph                    test_projection_gpu: test_optimizer_in_a_cuda_graph
     O11 add_param_group                    test_optim_twins: test_groups_are_checked_when_added, test_optim: test_groups_can_grow_and_have_their_own_settings
     O12 the update is projected            test_optim: test_moments_see_raw_gradients, test_decay_is_projected_unless_told_otherwise
     F8  NaN: propagate, or skip the whole  test_optim: test_a_nonfinite_gradient_skips_the_whole_step_or_propagates
     F8  no half-applied step               test_what_does_not_fit_stops_the_step_before_it_begins
     F9  NaN in activations                 test_subspace_collector: test_non_finite_inputs_are_named
     F10 gradients of some only             test_optim: test_parameters_without_gradient_are_left_out
+    F8  after the model moved to a GPU     test_optim_gpu: test_a_model_that_moved_is_refused_until_the_store_follows
     F11 no gradients at all                test_optim: test_no_gradients_at_all_is_no_step, test_a_scaler_without_any_gradient_says_so
     F12 denormals, zeros, eps = 0          test_eps_zero_and_denormals_give_no_nan
     O12 also with 16-bit bases             test_a_16_bit_basis_stays_16_bit_and_keeps_the_promise
     F13 fake tensors, compile              test_optim: test_a_compiled_step_is_one_graph_and_is_not_compiled_again
     F13 vmap                               test_vmap_over_a_step_is_refused
-    F14 threads (streams, devices: GPU)    test_two_threads_train_two_models
+    F14 threads; streams on a GPU          test_two_threads_train_two_models, test_projection_gpu: test_side_stream
     F15 deterministic mode                 test_deterministic_mode_repeats_bit_for_bit
     F16 out of memory before any write     test_running_out_of_memory_changes_nothing, test_optim_project_updates: test_what_fails_after_the_step_puts_the_parameters_back
     F40 DCP's dummy step                   optim_workers: checkpoints_load_across_sizes, test_optim: test_distributed_checkpoints_initialise_a_fresh_optimizer_without_moving_anything
