@@ -166,6 +166,12 @@ def test_readme_table_from_results(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "train" not in json.loads(kept.read_text())["runs"][0]["seconds"]
 
 
+def test_the_benchmark_tables_say_what_was_measured() -> None:
+    """And the check can fail: a table with another number is not the one that the results give."""
+    benchmarks = load("scripts/readme_benchmarks.py")
+    assert f"{benchmarks.BEGIN}\n{benchmarks.block()}\n{benchmarks.END}" in README
+
+
 def test_readme_table_refuses(tmp_path: Path) -> None:
     table = load("scripts/readme_table.py")
     with pytest.raises(SystemExit, match="quick"):

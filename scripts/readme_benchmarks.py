@@ -1,0 +1,134 @@
+"""Write the benchmark tables into README.md from benchmarks/results/cpu/*.json: no number there is typed by hand.
+
+python scripts/readme_benchmarks.py            rewrites the section between the markers
+python scripts/readme_benchmarks.py --check    changes nothing and exits with 1 if README.md says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+class Line(NamedTuple):
+    """One line: the beginning of a case's name, and which variants it is compared with under which heading."""
+
+    case: str
+    official: str = ""
+    torch: str = ""
+
+
+class Table(NamedTuple):
+    """One file's table. `ours` is the variant all ratios are quoted for; `measure` says how wrong each is."""
+
+    title: str
+    file: str
+    lines: tuple[Line, ...]
+    measure: str = "error"
+    meaning: str = "relative error against float64"
+
+
+TABLES = (
+    Table(
+        "Second moments",
+        "covariance",
+        (
+            Line("head Grams 4x12", "official expansion", "torch batched Grams"),
+            Line("head Grams 256x12", "official expansion", "torch batched Grams"),
+            Line("covariance 25216x768 float32", "", "torch C += X.T @ X"),
+            Line("covariance 25216x768 bfloat16", "torch, X.float() first", "torch C += X.T @ X"),
+            Line("covariance 6304x3072 float32", "", "torch C += X.T @ X"),
+            Line("covariances 12 layers of 1576x768 float32", "", "torch loop, X.float().T @ X.float()"),
+        ),
+    ),
+    Table(
+        "Null-space projectors, float32",
+        "null_space",
+        (
+            Line("projectors 12x768 float32, vit-like", "official: full SVD loop, dense", "eigh batched, dense"),
+            Line("projectors 12x768 float32, rank 64", "official: full SVD loop, dense", "eigh batched, dense"),
+            Line("projectors 12x384 float32", "official: full SVD loop, dense", "eigh batched, dense"),
+            Line("projectors 12x4 float32", "official: full SVD loop, dense", "eigh batched, dense"),
+        ),
+        "leak",
+        "the leak, the largest protected energy that passes, in units of the cut (at most 1e-2 is wanted)",
+    ),
+)
+
+
+def cell(row: dict[str, Any] | None, measure: str) -> str:
+    """How much longer a variant takes, and how wrong it is."""
+    if row is None:
+        return ""
+    shown = f"{row['times_ours']:.2g}" if row["times_ours"] < 10 else f"{row['times_ours']:.0f}"
+    return f"{shown}x ({row[measure]:.0e})"
+
+
+def time(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def table_lines(table: Table) -> Iterator[str]:
+    """Markdown of one table."""
+    record = json.loads((RESULTS / f"{table.file}.json").read_text())
+    cases = {result["case"]: result for result in record["results"]}
+    yield f"| {table.title} | ours | the official way takes | torch takes |"
+    yield "|---|---:|---:|---:|"
+    for line in table.lines:
+        found = [result for name, result in cases.items() if name.startswith(line.case)]
+        if len(found) != 1:
+            raise SystemExit(f"{table.file}.json: {len(found)} cases begin with {line.case!r}")
+        rows = {row["variant"]: row for row in found[0]["rows"]}
+        named = [name for name in (line.official, line.torch) if name]
+        if missing := [name for name in named if name not in rows]:
+            raise SystemExit(f"{table.file}.json: {found[0]['case']} has no variant {missing}")
+        ours = rows["ours"]
+        others = " | ".join(cell(rows.get(name), table.measure) for name in (line.official, line.torch))
+        yield f"| {found[0]['case']} | {time(ours['min_s'])} ({ours[table.measure]:.0e}) | {others} |"
+    machine = record["environment"]
+    yield ""
+    yield (
+        f"In brackets: {table.meaning}. Process CPU time, minimum of several interleaved rounds, one thread of "
+        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit'].rstrip('+')}."
+    )
+
+
+def block() -> str:
+    """The Markdown between the markers."""
+    return "\n\n".join("\n".join(table_lines(table)) for table in TABLES)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{README}: the markers {BEGIN} and {END} are not there")
+    fresh = f"{before}{BEGIN}\n{block()}\n{END}{after}"
+    if fresh == text:
+        return 0
+    if options.check:
+        sys.stdout.write("README.md does not say what the benchmark results say; run scripts/readme_benchmarks.py\n")
+        return 1
+    README.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
