@@ -1,4 +1,4 @@
-"""The CUDA form of the room (csrc/orthogonal_qr.cu): one launch, a block of threads for each matrix, no host in between."""
+"""The CUDA form of the room (csrc/orthogonal_qr.cu): one launch, a block of threads for each matrix, no host."""
 
 from __future__ import annotations
 
