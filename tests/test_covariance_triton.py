@@ -33,7 +33,6 @@ from test_covariance import (  # noqa: E402, F401
     test_float16_squares_do_not_overflow,
     test_layers_may_share_their_input_but_not_their_state,
     test_no_layers_is_nothing_to_do,
-    test_noise_floor,
     test_only_the_upper_triangle_is_read,
     test_queries_are_read_through_the_view_that_attention_makes,
     test_row_offsets_beyond_two_to_the_31,
@@ -181,6 +180,15 @@ def test_outlier_rows_cost_no_more_than_a_float32_product_loses(backend):
     wanted = gold(x)[0]
     ours = (update_covariance_(zeros(24), x) - wanted).abs()
     assert bool((ours <= 2 * (x.mT @ x - wanted).abs().max() + 1e-7 * gold(x.abs())[0]).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_floor(backend, dtype):
+    """At most twice the error of torch in the same dtype with float32 sums."""
+    x = (torch.randn(700, 130) + 0.5).to(dtype)
+    wide = x if dtype == F64 else x.float()
+    allowed = 2 * relative(wide.mT @ wide, gold(x)[0]) + 1e-14
+    assert relative(update_covariance_(zeros(130), x), gold(x)[0]) <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
