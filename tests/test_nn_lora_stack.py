@@ -467,3 +467,80 @@ def test_tasks_begin_and_end_in_turn():
     with pytest.raises(RuntimeError, match="end the task first"):
         from_peft(stack, {})
     assert not stack.train().backbone.training
+
+
+def test_with_qr_a_stack_is_copied_and_merged_as_it_is_now_not_as_of_the_last_forward_pass():
+    stack = LoRAStack(vit(), rank=4, alpha=4.0, orthogonality="qr")
+    stack.begin_task()
+    train(stack)  # ends with a step after the last forward pass
+    twin = copy.deepcopy(stack)
+    stack.merge()
+    merged = stack(images())
+    stack.unmerge()
+    torch.testing.assert_close(merged, stack(images()), rtol=1e-10, atol=1e-10)
+    assert torch.equal(twin(images()), stack(images()))
+    train(twin)
+    state = to_peft_state_dict(twin)
+    fresh = LoRAStack(vit(), rank=4, alpha=4.0, composition="sum")
+    from_peft(fresh, state)
+    torch.testing.assert_close(fresh(images()), twin(images()), rtol=1e-10, atol=1e-10)
+
+
+def test_importance_under_autocast_is_near_that_in_full_precision():
+    """A layer's input is float32 there (LayerNorm's output) and the gradient of its output bfloat16."""
+    scores = []
+    for half in (False, True):
+        stack = LoRAStack(vit(dtype=torch.float32), rank=4, alpha=4.0, generator=torch.Generator().manual_seed(0))
+        stack.begin_task()
+        with stack.record_importance() as importance, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            stack(images(torch.float32)).square().sum().backward()
+        scores.append(torch.tensor(list(importance.scores().values())))
+    assert (scores[0] > 0).all()
+    torch.testing.assert_close(scores[1], scores[0], rtol=0.2, atol=0.0)
+
+
+def test_what_the_penalty_keeps_follows_the_stack_to_another_dtype_in_the_middle_of_a_task():
+    stack = trained(1)
+    stack.begin_task()
+    before = stack.penalty()
+    stack.to(torch.float32)
+    assert stack.penalty().dtype == torch.float32
+    torch.testing.assert_close(stack.penalty().double(), before, rtol=1e-5, atol=0.0)
+
+
+def test_merged_weights_do_not_go_into_a_state_dict():
+    """Whoever loads them would add the adapters a second time."""
+    stack = trained(1)
+    stack.merge()
+    with pytest.raises(RuntimeError, match="call unmerge"):
+        stack.state_dict()
+    assert stack.backbone.state_dict()  # the plain model, for export
+    stack.unmerge()
+    assert stack.state_dict()
+
+
+def test_attention_that_reads_the_weight_of_its_qkv_layer_is_refused():
+    """BEiT's biases of q and v: adapters in a layer that is never called would train without any effect."""
+    model = vit()
+    model.blocks[1].attn.q_bias = nn.Parameter(torch.zeros(48))
+    with pytest.raises(ValueError, match=r"block 1 .* no effect"):
+        LoRAStack(model, positions=("v", "fc1"))
+    assert isinstance(model.blocks[0].attn.qkv, nn.Linear)
+    LoRAStack(model, positions=("proj", "fc1"))
+
+
+def test_patterns_of_a_peft_configuration_are_read_as_peft_reads_them():
+    """Keys are regular expressions for the end of a name: "attn.qkv" means the one of every block."""
+    state = to_peft_state_dict(trained(1, composition="sum", positions=("q", "k", "v", "fc1")))
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"attn.qkv": 12}, "alpha_pattern": {r".*\.fc1": 2, "fc": 99}}
+    stack = LoRAStack(vit(), rank=4, alpha=4.0, composition="sum", positions=("q", "k", "v", "fc1"))
+    from_peft(stack, state, config)
+    for name, adapters in stack.places().items():
+        layer = name if name.endswith("fc1") else name.rpartition(".")[0]
+        a, b = (state[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+        scaling = 2 / 4 if name.endswith("fc1") else 8 / 12
+        rows = dict(stack.layers())[layer].slices[name.rpartition(".")[2]] if layer != name else slice(None)
+        torch.testing.assert_close(adapters.delta(), scaling * (b @ a)[rows].mT, rtol=1e-10, atol=1e-12)
+    bias = {**state, "base_model.model.blocks.0.mlp.fc1.lora_B.bias": torch.zeros(192)}
+    with pytest.raises(ValueError, match=r"lora_B\.bias"):
+        from_peft(stack, bias)

@@ -137,7 +137,8 @@ class LoRAMethod(HeadMethod):
             return torch.full((len(images),), self._assumed, device=images.device)
         with torch.no_grad(), self.model.at(0):
             tasks = self.inference.tasks_of(self.model(images))
-        return tasks.mode().values.expand_as(tasks) if self.options.inference == "batch" else tasks
+        vote = self.options.inference == "batch" and len(tasks) > 0
+        return tasks.mode().values.expand_as(tasks) if vote else tasks
 
     def _by_task(self, images: Tensor, tasks: Tensor) -> Tensor:
         """Each image through the snapshot of its task: one forward pass for every task that occurs."""

@@ -120,8 +120,14 @@ class LoRACIPC(LoRAC):
 
     @torch.no_grad()
     def _finish(self, task: Task, loader: Batches) -> None:
+        share = 0.0 if self.tasks[-1].last else self.options.share
+        if int(share * len(self.model.places())) and self.model.importance is None:
+            raise RuntimeError(
+                f"end_task: no step of the last {self.options.window} was seen, so importance is not known; train all "
+                f"{self.tasks[-1].epochs} epochs of the task and call scheduler.step() after each"
+            )
         super()._finish(task, loader)
-        self.frozen_by_task.append(self.model.freeze_important(0.0 if self.tasks[-1].last else self.options.share))
+        self.frozen_by_task.append(self.model.freeze_important(share))
 
     def _state(self) -> dict[str, Any]:
         importance = self.model.importance

@@ -64,6 +64,10 @@ class Adapters(nn.Module):
         self.orthonormal_a: Tensor | None = None  # stands for lora_a while the stack parametrises it by QR
         self.shown: int | None = None  # snapshot in use; None: the live state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without Q, which hangs in a graph that cannot be copied; the next forward pass makes it anew."""
+        return self.__dict__ | {"orthonormal_a": None}
+
     @property
     def frozen(self) -> bool:
         return self.frozen_after is not None

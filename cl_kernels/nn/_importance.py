@@ -37,7 +37,8 @@ class Importance:
 
         @torch.no_grad()
         def watch(layer: LoRALinear, x: Tensor, grad: Tensor) -> None:
-            rows, flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            flat = grad.reshape(-1, grad.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).to(flat.dtype)  # under autocast x may be wider than what it was made to
             for part, adapters in layer.named_adapters():
                 if not adapters.frozen:
                     where, name = layer.slices[part], layer.place(layer_name, part)

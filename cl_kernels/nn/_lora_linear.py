@@ -100,6 +100,11 @@ def places(backbone: Any, positions: tuple[str, ...]) -> Iterator[tuple[Any, str
         attention = getattr(block, "attn", None)
         fused = [name for name in ("q", "k", "v") if name in positions]
         qkv = getattr(attention, "qkv", None)
+        if fused and getattr(attention, "q_bias", None) is not None:  # BEiT, EVA: qkv.weight is read, qkv never called
+            raise ValueError(
+                f"module: block {index} ({type(attention).__name__}) adds biases of q and v of its own to the weight "
+                "of its qkv layer, so that adapters of q, k and v would have no effect; adapt proj, fc1 and fc2 only"
+            )
         if fused and isinstance(qkv, nn.Linear):
             width = qkv.out_features // 3
             starts = {"q": 0, "k": width, "v": 2 * width}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -111,7 +111,7 @@ class LoRAStack(nn.Module):
         """
         if self.training_task:
             raise RuntimeError(f"begin_task: task {self.task} has not been ended")
-        if any(layer.merged is not None for _, layer in self.layers()):
+        if self._merged():
             raise RuntimeError("begin_task: adapters are merged into the weights; call unmerge() first")
         named = self.places()
         given = dict(initial or {})
@@ -176,7 +176,10 @@ class LoRAStack(nn.Module):
                 adapters.shown = before[name]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Which task is open; it travels with the state dict."""
+        """Which task is open; it travels with the state dict. Raises `RuntimeError` while adapters are merged: who
+        loads merged weights would add the adapters once more."""
+        if self._merged():
+            raise RuntimeError("state_dict: adapters are merged into the weights; call unmerge() first")
         return {"task": self.task, "training_task": self.training_task}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -241,8 +244,9 @@ class LoRAStack(nn.Module):
         `task`: the snapshot to merge, None the live state. `safe` checks every merged weight to be finite before any is
         changed (`NonFiniteError`). The original weights are kept, so that `unmerge` restores them bit for bit.
         """
-        if any(layer.merged is not None for _, layer in self.layers()):
+        if self._merged():
             raise RuntimeError("merge: adapters are merged already; call unmerge() first")
+        self.orthogonality.refresh(self.places())  # a step may have come after the last forward pass
         fresh: list[tuple[LoRALinear, Tensor]] = []
         with self.at(task) if task is not None else nullcontext():
             for name, layer in self.layers():
@@ -264,6 +268,15 @@ class LoRAStack(nn.Module):
             if layer.merged is not None:
                 layer.base.weight.copy_(layer.merged)
                 layer.merged = None
+
+    def _merged(self) -> bool:
+        return any(layer.merged is not None for _, layer in self.layers())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRAStack:
+        """As `nn.Module._apply`; what the orthogonality keeps stacked is made anew, on the new device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self.orthogonality.forget()
+        return self
 
     def _mark_trainable(self) -> None:
         """`requires_grad` as `begin_task` sets it; a state dict does not carry it."""

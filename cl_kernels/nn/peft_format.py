@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -28,6 +29,7 @@ def to_peft_state_dict(stack: LoRAStack, task: int | None = None, *, prefix: str
     rounding. Layers without an adapter are left out.
     """
     state: dict[str, Tensor] = {}
+    stack.orthogonality.refresh(stack.places())  # a step may have come after the last forward pass
     with stack.at(task) if task is not None else nullcontext():
         for name, layer in stack.layers():
             downs, ups = [], []
@@ -84,7 +86,7 @@ def from_peft(
     for key, value in state.items():
         name, _, kind = key.removeprefix(prefix).removesuffix(".weight").rpartition(".lora_")
         name, kind = (name, kind.partition(".")[0]) if name else (key, "")
-        if name not in layers or kind not in ("A", "B"):
+        if name not in layers or kind not in ("A", "B") or not key.endswith(".weight"):
             raise ValueError(f"state: {key!r} is not lora_A or lora_B of a layer that the stack adapts")
         pairs.setdefault(name, {})[kind] = value
     parts = [piece for name, pair in pairs.items() for piece in _pieces(name, layers[name], pair, config)]
@@ -130,11 +132,17 @@ def _pieces(
 def _scaling(name: str, rank: int, config: Mapping[str, Any] | None) -> float:
     if config is None:
         return 1.0
-    alpha = config.get("alpha_pattern", {}).get(name, config.get("lora_alpha", rank))
-    declared = config.get("rank_pattern", {}).get(name, config.get("r", rank))
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+    declared = _by_pattern(config.get("rank_pattern"), name, config.get("r", rank))
     if declared != rank:
         raise ValueError(f"config: {name} has rank {rank}, but the configuration says {declared}")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that is the end of `name`, read as PEFT does: a regular expression."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
 
 
 @torch.no_grad()
