@@ -111,6 +111,16 @@ def test_degenerate_spectra(spectrum: list[float], dtype: torch.dtype) -> None:
         assert math.isfinite(row["condition"])
 
 
+@pytest.mark.parametrize("scale", [1e-320, 1e-310, 1e-300, 1e290])
+def test_energy_and_condition_at_the_ends_of_the_range(scale: float) -> None:
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.float64)) * scale
+    covariance = Covariance(matrix, 100.0, torch.zeros(4, dtype=torch.float64), 100)
+    (row,) = build_store({"w": covariance}, rules.Energy(0.7)).report()
+    assert row["rank"] == 1
+    assert row["energy"] == pytest.approx(0.75, rel=1e-3)
+    assert row["condition"] == pytest.approx(1 / (4 * torch.finfo(torch.float64).eps))
+
+
 def test_nothing_left_free() -> None:
     """F24."""
     full = {"layer": moments([3, 2, 1])}

@@ -369,6 +369,7 @@ DAMAGED = {
     "mean": lambda t: t.update({"a/whole/mean": t["a/whole/mean"][:2].clone()}),
     "count": lambda t: t["a/whole/count"].fill_(-1.0),
     "vector of counts": lambda t: t.update({"a/whole/rows": torch.ones(2, dtype=torch.int64)}),
+    "endless rows": lambda t: t.update({"a/whole/rows": torch.tensor(float("inf"))}),
 }
 
 

@@ -209,6 +209,23 @@ def test_replacing_takes_what_is_known_and_refuses_other_sizes() -> None:
     assert [row["energy"] for row in merged.report()] == [None, 0.5]
 
 
+@pytest.mark.parametrize("bad", [Projector(2 * basis(4, 2)), Sides(None, None), Projector(basis(4, 2) * float("nan"))])
+def test_a_merge_that_fails_at_a_later_name_changes_nothing(bad: Projector | Sides) -> None:
+    store = SubspaceStore({"a": Projector(basis(6, 1))})
+    before, version = store.fingerprint("a"), store.version
+    with pytest.raises((SubspaceError, NonFiniteError, ValueError), match="b"):
+        store.merge({"a": Projector(basis(6, 2, seed=5)), "b": bad})
+    assert (store.version, list(store), store.fingerprint("a")) == (version, ["a"], before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_notes_are_numbers(value: float) -> None:
+    store = SubspaceStore()
+    with pytest.raises(NonFiniteError, match="right/energy"):
+        store.put("a", Projector(basis(6, 3)), right_energy=value)
+    assert not store
+
+
 def test_what_the_last_task_added_survives_files(tmp_path: Path) -> None:
     store = SubspaceStore({"a": Projector(basis(6, 1))})
     store["a"] = Projector(basis(6, 3))
@@ -487,6 +504,9 @@ def damaged(whole: bytes) -> dict[str, bytes]:
         "no ties": remake({**header, "__metadata__": {k: v for k, v in meta.items() if k != "ties"}}),
         "missing key": remake(without_span),
         "names of others": remake({**header, "__metadata__": {**meta, "names": '["x"]'}}),
+        "fewer names": remake({**header, "__metadata__": {**meta, "names": json.dumps(json.loads(meta["names"])[1:])}}),
+        "nested names": remake({**header, "__metadata__": {**meta, "names": "[" * 100_000}}),
+        "nested ties": remake({**header, "__metadata__": {**meta, "ties": "[" * 100_000}}),
         "text": b"hello, this is a text file",
     }
 
@@ -504,7 +524,7 @@ DAMAGE = [
         "foreign",
     ),
     *("other format", "newer", "no version", "word for version", "ties to nowhere", "ties of another kind", "no ties"),
-    *("missing key", "names of others", "text"),
+    *("missing key", "names of others", "fewer names", "nested names", "nested ties", "text"),
 ]
 
 
@@ -518,7 +538,9 @@ def test_damaged_and_foreign_files_are_refused(kind: str, tmp_path: Path) -> Non
         SubspaceStore.load(path)
 
 
-@pytest.mark.parametrize("what", ["not orthonormal", "NaN", "shape", "dtype", "name", "key"])
+@pytest.mark.parametrize(
+    "what", ["not orthonormal", "NaN", "shape", "dtype", "name", "key", "scales", "NaN energy", "infinite growth"]
+)
 def test_contents_of_another_kind_are_refused(what: str, tmp_path: Path) -> None:
     path = tmp_path / "store.safetensors"
     SubspaceStore({"a": Projector(basis(4, 2))}).save(path)
@@ -531,7 +553,12 @@ def test_contents_of_another_kind_are_refused(what: str, tmp_path: Path) -> None
         "dtype": ("a/right/basis", good.to(torch.int64)),
         "name": ("../a/right/basis", good),
         "key": ("a/right/colour", good),
+        "scales": ("a/right/identity", torch.ones(2)),
+        "NaN energy": ("a/right/energy", torch.tensor(float("nan"))),
+        "infinite growth": ("a/right/added", torch.tensor(float("inf"))),
     }[what]
+    if not replacement[0].endswith(("basis", "colour")):
+        tensors["a/right/basis"] = good
     header = {
         "format": "cl_kernels.subspace",
         "format_version": "1",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from cl_kernels.errors import SubspaceMismatchError
+from cl_kernels.errors import NonFiniteError, SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
 
-__all__ = ["flatten", "tensor_versions", "unflatten"]
+__all__ = ["check_notes", "flatten", "tensor_versions", "unflatten"]
 
 NOTES = ("energy", "condition", "added")
 FIELDS = ("basis", "identity", "span", "dense", *NOTES)
@@ -40,8 +41,16 @@ def tensor_versions(sides: Sides) -> tuple[tuple[int, int], ...] | None:
     return tuple((id(tensor), tensor._version) for tensor in tensors)
 
 
+def check_notes(name: str, notes: Mapping[str, float]) -> None:
+    """Raise `NonFiniteError` for a note that is no number: reports and their JSON could not show it."""
+    for what, number in notes.items():
+        if not math.isfinite(number):
+            raise NonFiniteError(f"{name}: its {what} is {number}")
+
+
 def unflatten(state: Mapping[str, Tensor]) -> dict[str, tuple[Sides, dict[str, float]]]:
-    """Entries and their notes by name. Raises `SubspaceMismatchError` for a key of another form or a missing one."""
+    """Entries and their notes by name. Raises `SubspaceMismatchError` for a key of another form or a missing one,
+    `NonFiniteError` for a note."""
     groups: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in state.items():
         name, side, field = [*key.rsplit("/", 2), "", ""][:3]
@@ -53,6 +62,7 @@ def unflatten(state: Mapping[str, Tensor]) -> dict[str, tuple[Sides, dict[str, f
         notes = {
             f"{side}/{what}": float(fields[what]) for side, fields in sides.items() for what in NOTES if what in fields
         }
+        check_notes(name, notes)
         entries[name] = (Sides(*(_projector(name, side, sides.get(side)) for side in Sides._fields)), notes)
     return entries
 

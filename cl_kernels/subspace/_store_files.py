@@ -53,7 +53,7 @@ def read(
             tensors[key] = tensors[source]
         provenance = {str(key): str(value) for key, value in json.loads(header["provenance"]).items()}
         return tensors, [str(name) for name in json.loads(header["names"])], provenance
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise refusal(path, error) from error
 
 

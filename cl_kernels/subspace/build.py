@@ -127,8 +127,10 @@ def _energy_and_condition(values: Tensor, rank: int) -> tuple[float, float]:
     total = float(values.double().sum())
     if not total:
         return 0.0, 1.0
-    floor = torch.finfo(values.dtype).eps * len(values) * float(values[0])
-    return float(values[:rank].double().sum()) / total, float(values[0]) / max(float(values[-1]), floor)
+    most = 1 / (torch.finfo(values.dtype).eps * len(values))
+    largest, smallest = float(values[0]), float(values[-1])
+    condition = largest / smallest if smallest > largest / most else most  # of denormal values largest / most is 0
+    return float(values[:rank].double().sum()) / total, condition
 
 
 def _spectrum(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def load_covariances(
         if sorted(names) != sorted(groups):
             raise ValueError(f"it lists {names}, and holds {sorted(groups)}")
         return {name: _read(name, groups[name]) for name in names}
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NonFiniteError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: its contents are not those of saved covariances: {error}") from error
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels.errors import NonFiniteError, SubspaceError, SubspaceMismatchError
+from cl_kernels.errors import NonFiniteError, SubspaceMismatchError
 from cl_kernels.ops import Projector, Sides
 from cl_kernels.subspace import _algebra, _store_files
 from cl_kernels.subspace._merge import OnFull, check_on_full, merged
 from cl_kernels.subspace._names import checked_name, plain_name
 from cl_kernels.subspace._report import SideReport, side_reports
-from cl_kernels.subspace._state import flatten, tensor_versions, unflatten
+from cl_kernels.subspace._state import check_notes, flatten, tensor_versions, unflatten
 
 __all__ = ["SideReport", "SubspaceStore"]
 
@@ -74,21 +74,23 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         Energy is the share of the second moment's trace that is protected, condition its largest over its smallest
         eigenvalue. How many directions the entry uses more than the one before it is noted for `report`.
         """
-        plain, sides = checked_name(name), Sides.of(value)
-        if sides == (None, None):
-            raise ValueError(f"value: {plain} has neither a left nor a right projector; leave its name out instead")
-        for side, projector in zip(("left", "right"), sides, strict=True):
-            if projector is not None:
-                _algebra.check(f"{plain} ({side})", projector)
+        plain, sides = _checked(name, value)
         kept = {f"{side}/{what}" for side in ("left", "right") for what in ("energy", "condition")}
         named = {key.replace("_", "/", 1): float(number) for key, number in notes.items()}
         if not named.keys() <= kept:
             raise TypeError(f"notes: expected some of {sorted(kept)}, got {sorted(named)}")
-        before = self._entries.get(plain, Sides())
-        for side, old, new in zip(Sides._fields, before, sides, strict=True):
-            if new is not None:
-                named[f"{side}/added"] = _algebra.used(new) - (0.0 if old is None else _algebra.used(old))
-        self._set(plain, sides, named)
+        check_notes(plain, named)
+        self._take(plain, sides, named)
+
+    def _take(self, name: str, sides: Sides, notes: Mapping[str, float]) -> None:
+        """Set an entry that was checked, and note what it adds."""
+        before = self._entries.get(name, Sides())
+        added = {
+            f"{side}/added": _algebra.used(new) - (0.0 if old is None else _algebra.used(old))
+            for side, old, new in zip(Sides._fields, before, sides, strict=True)
+            if new is not None
+        }
+        self._set(name, sides, {**notes, **added})
 
     def _set(self, name: str, sides: Sides, notes: dict[str, float]) -> None:
         self._entries[name] = sides
@@ -135,15 +137,12 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         for name, value in other.items():
             plain, theirs = checked_name(name), Sides.of(value)
             ours = self._entries.get(plain, Sides())
-            both[plain] = Sides(
-                *(
-                    merged(f"{plain} ({side})", a, b, tolerance, on_full)
-                    for side, a, b in zip(Sides._fields, ours, theirs)
-                )
-            )
-        for name, sides in both.items():
-            new = isinstance(other, SubspaceStore) and name not in self._entries
-            self.put(name, sides, **(other._measured(name) if new else {}))  # type: ignore[attr-defined]  # new says so
+            sides = zip(Sides._fields, ours, theirs, strict=True)
+            union = Sides(*(merged(f"{plain} ({side})", a, b, tolerance, on_full) for side, a, b in sides))
+            both[plain] = _checked(plain, union)[1]
+        for name, checked in both.items():
+            known = isinstance(other, SubspaceStore) and name not in self._entries
+            self._take(name, checked, other._measured(name) if known else {})  # type: ignore[attr-defined]  # known says so
 
     def replace(self, other: SubspaceStore) -> None:
         """Put the entries of `other`, with what it knows of them, in place of those of the same names.
@@ -158,11 +157,10 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
                         f"{name} ({side}): cannot replace a projector of dimension {ours.dim} by one of {theirs.dim}"
                     )
         for name in other:
-            self.put(name, other.sides(name), **other._measured(name))
+            self._take(name, other.sides(name), other._measured(name))
 
     def _measured(self, name: str) -> dict[str, float]:
-        notes = self._notes[name]
-        return {key.replace("/", "_", 1): note for key, note in notes.items() if not key.endswith("/added")}
+        return {key: note for key, note in self._notes[name].items() if not key.endswith("/added")}
 
     def capacity(self) -> dict[str, float]:
         """Share of update directions that each layer still has: (free left share) x (free right share)."""
@@ -244,8 +242,21 @@ class SubspaceStore(MutableMapping[str, Projector | Sides]):
         store = cls()
         try:
             store.load_state_dict(state)
+            if sorted(names) != sorted(store):
+                raise ValueError(f"it lists {names}, and holds {list(store)}")
             store._entries = {name: store._entries[name] for name in names}
-        except (SubspaceError, SubspaceMismatchError, NonFiniteError, ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError, NonFiniteError) as error:
             raise _store_files.refusal(path, error) from error
         store.provenance = provenance
         return store
+
+
+def _checked(name: str, value: Any) -> tuple[str, Sides]:
+    """The plain name and the sides of an entry, if it may be one."""
+    plain, sides = checked_name(name), Sides.of(value)
+    if sides == (None, None):
+        raise ValueError(f"value: {plain} has neither a left nor a right projector; leave its name out instead")
+    for side, projector in zip(Sides._fields, sides, strict=True):
+        if projector is not None:
+            _algebra.check(f"{plain} ({side})", projector)
+    return plain, sides
