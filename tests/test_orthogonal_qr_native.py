@@ -223,6 +223,17 @@ def test_ill_conditioned_matrices_played_on_the_host(player, m, n, kappa, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hidden_condition_played_on_the_host(player, dtype):
+    """Kahan's matrix: no pivot is small, the last singular value is."""
+    sine, cosine = 0.932, 0.362
+    kahan = torch.eye(60, dtype=torch.float64) - cosine * torch.ones(60, 60, dtype=torch.float64).triu(1)
+    a = torch.linalg.qr(torch.randn(1, 90, 60, dtype=torch.float64)).Q @ (sine ** torch.arange(60)[:, None] * kahan)
+    q, r, *_ = (t.double() for t in cuda.qr(a.to(dtype)))
+    assert (q.mT @ q - torch.eye(60)).norm() <= 10 * torch.finfo(dtype).eps / 2 * 60
+    assert (a.to(dtype).double() - q @ r).norm() <= (2e-6 if dtype == torch.float32 else 1e-14) * a.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_damped_solve_played_on_the_host(player, dtype):
     """Cholesky for float, one-sided Jacobi for double: S (R^T R + delta^2 I) = R, up to what rounding R changes."""
     a = torch.randn(3, 40, 9, dtype=dtype)
