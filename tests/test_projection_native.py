@@ -42,6 +42,8 @@ CASES = [
     ((7, 3), (NONE, 0), (BASIS, 1), False),
     ((2, 300), (NONE, 0), (BASIS, 0), True),
     ((5, 16), (DENSE, 0), (BASIS, 15), True),
+    ((3, 700), (NONE, 0), (BASIS, 120), True),  # a basis in two strips
+    ((30, 300), (NONE, 0), (DENSE, 0), False),  # a dense matrix in panels, the last of 44 columns and 44 rows
 ]
 
 
