@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_kernels.ops import Projector, projected_adam_step_, use_backend
+from cl_kernels.ops.projection.lists import KINDS
 from cl_kernels.optim import ProjectedAdamW, ProjectedSGD
 
 pytestmark = pytest.mark.gpu
@@ -112,13 +113,53 @@ def test_cuda_step(amsgrad, options):
     check(ours, reference(p))
 
 
-@pytest.mark.parametrize("moment", [torch.float32, torch.bfloat16])
-def test_cuda_step_of_bfloat16_weights(moment):
-    p = problem(False, torch.bfloat16, moment)
+@pytest.mark.parametrize(("weight", "moment"), sorted(KINDS, key=str))
+def test_cuda_step_of_every_float_type(weight, moment):
+    p = problem(False, weight, moment)
     ours = on("cuda", copy.deepcopy(p))
     with use_backend("native"):
         projected_adam_step_(**ours)
-    check(ours, reference(p), rtol=1e-2, atol=1e-3)
+    coarse = weight.itemsize == 2
+    check(ours, reference(p), rtol=1e-2 if coarse else 2e-5, atol=1e-3 if coarse else 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_bases_are_applied_twice(dtype):
+    p = problem(False)
+    for key in ("left", "right"):
+        p[key] = [s if s is None or s.dense is not None else s.to(dtype) for s in p[key]]
+    ours = on("cuda", copy.deepcopy(p))
+    with use_backend("native"):
+        projected_adam_step_(**ours)
+    check(ours, reference(p))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("scale", [1.0, 0.9])
+def test_grouped_large_weights_keep_out_of_the_span(precision, scale):
+    """Six weights of two shapes are two buckets; TF32, where it is asked for, may not leak."""
+    torch.manual_seed(0)
+    shapes = [(768, 768), (768, 3072)] * 3
+    bases = [basis(s[-1], 64, True).cuda() for s in shapes]
+    p: dict[str, Any] = {
+        key: [torch.randn(s, device="cuda") for s in shapes] for key in ("params", "grads", "exp_avgs")
+    }
+    p["exp_avg_sqs"] = [torch.rand(s, device="cuda") + 0.01 for s in shapes]
+    p |= {"steps": [torch.zeros((), device="cuda") for _ in shapes], "left": [None] * 6, "lr": 0.01, "beta1": 0.9}
+    p["right"] = [
+        Projector(v, scale + 0.01 * i * (scale < 1), scale + 0.01 * i * (scale < 1)) for i, v in enumerate(bases)
+    ]
+    p |= {"beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False}
+    before = [t.clone() for t in p["params"]]
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with use_backend("native"):
+            projected_adam_step_(**p)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for t, old, v in zip(p["params"], before, bases, strict=True):
+        moved = (t - old).double()
+        assert (moved @ v.double()).norm() <= 1e-5 * moved.norm()
 
 
 @pytest.mark.parametrize("host_steps", [False, True])
