@@ -116,7 +116,7 @@ def with_gradient(shape: tuple[int, int, int], kind: float | str, device: str) -
         wide = a.detach().double().requires_grad_()
         (expected,) = torch.autograd.grad(tuple(qr(wide)), wide, (gq.double(), gr.double()))
     tolerance = dict.fromkeys(variants, math.inf)
-    if isinstance(kind, float):
+    if isinstance(kind, float) and kind <= 1e5:  # float32 rounds at 1e7: with four columns the rank counts as deficient
         tolerance["ours"] = 2e-6 + 2e-8 * kind
     return Case(
         f"qr {batch}x{m}x{n} {_name(kind)} forward + backward",
