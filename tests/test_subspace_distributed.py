@@ -146,6 +146,29 @@ def test_errors_reach_every_process(tmp_path: Path) -> None:
     on_processes(3, work, tmp_path)
 
 
+def test_a_process_with_nothing_is_told_and_leaves_nobody_waiting(tmp_path: Path) -> None:
+    """Rows given by name: a process without any knows no layer. Other options on one process are another layer."""
+
+    def work(rank: int, group: dist.ProcessGroup) -> None:
+        for options in ({"dtype": (torch.float64, torch.float32)[rank]}, {"shrinkage": ("ledoit-wolf", None)[rank]}):
+            collector = CovarianceCollector(process_group=group, **options)
+            collector.update("w", data(8, 4))
+            with pytest.raises(SubspaceMismatchError, match="different layers"):
+                collector.covariances()
+        nobody = CovarianceCollector(process_group=group)
+        assert nobody.covariances() == {}
+        assert len(build_store({}, rules.Rank(1), process_group=group)) == 0
+        if rank:
+            nobody.update("w", data(8, 4))
+        with pytest.raises(SubspaceMismatchError, match="different layers"):
+            nobody.covariances()
+        found = {"w": moments(4, 1)} if rank else {}
+        with pytest.raises(SubspaceMismatchError, match="different stores"):
+            build_store(found, rules.Rank(1), process_group=group)
+
+    on_processes(2, work, tmp_path)
+
+
 def test_models_that_are_wrapped_for_several_processes(tmp_path: Path) -> None:
     """DistributedDataParallel, within no_sync and Join as well, and fully_shard: activations are whole everywhere."""
 

@@ -21,24 +21,28 @@ BLOCK_ROWS = 256  # of a triangle, to their last column: 4 % more than half of a
 
 
 def all_reduce_sums(names: list[str], sums: list[Sums], group: dist.ProcessGroup) -> list[Sums]:
-    """The sums over `group`. Raises `SubspaceMismatchError` on every process when their layers differ.
+    """The sums over `group`. Raises `SubspaceMismatchError` on every process when their layers or dtypes differ.
 
     About half the bytes of the matrices travel, in their own dtype; counts and totals in fp64. Memory beside the
     results: two buckets.
     """
-    if not sums:
-        return []
-    described = repr([(name, tuple(item.matrix.shape)) for name, item in zip(names, sums, strict=True)])
-    if not same_everywhere(described, sums[0].matrix.device, group):
+    layers = [(name, tuple(x.matrix.shape), x.matrix.dtype, x.quartic is None) for name, x in zip(names, sums)]
+    described = repr(layers)
+    if not same_everywhere(described, sums[0].matrix.device if sums else None, group):
         raise SubspaceMismatchError(
             f"process_group: its processes collected different layers; this one has {described}"
         )
+    if not sums:
+        return []
     matrices = _reduced_matrices([item.matrix for item in sums], group)
     return [item._replace(matrix=matrix) for item, matrix in zip(_reduced_vectors(sums, group), matrices, strict=True)]
 
 
-def same_everywhere(described: str, device: torch.device, group: dist.ProcessGroup) -> bool:
-    """Whether every process passes the same text."""
+def same_everywhere(described: str, device: torch.device | None, group: dist.ProcessGroup) -> bool:
+    """Whether every process passes the same text; one that has no tensors, and so no `device`, must ask as well."""
+    if device is None:
+        here = "nccl" in dist.get_backend(group)
+        device = torch.device("cuda", torch.cuda.current_device()) if here else torch.device("cpu")
     digest = int.from_bytes(hashlib.blake2b(described.encode(), digest_size=6).digest())
     both = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)

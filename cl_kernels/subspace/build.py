@@ -74,12 +74,12 @@ def build_store(
     check_on_full(on_full)
     items = list(_items(covariances, side, (left_rule or rule, rule), (mix if left_mix is None else left_mix, mix)))
     matrices = [item.moments.matrix for item in items]
-    if process_group is None or not items:
+    if process_group is None:
         solved = [_solve(item, on_full, dtype) for item in items]
     else:
         options = (mix, left_mix, normalize, on_full, dtype)
         described = repr((options, [(item.label, tuple(item.moments.matrix.shape)) for item in items]))
-        if not same_everywhere(described, matrices[0].device, process_group):
+        if not same_everywhere(described, matrices[0].device if matrices else None, process_group):
             raise SubspaceMismatchError(
                 f"process_group: its processes build different stores; this one has {described}"
             )
