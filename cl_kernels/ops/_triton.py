@@ -6,6 +6,7 @@ float32 tiles on tensor cores. On the host: small tables of numbers for a kernel
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final
@@ -95,7 +96,7 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
 
     Kept for the same numbers on the same stream: layers of a model come back at the same addresses. While a CUDA graph
     is captured nothing is looked up or kept: the table lives in the graph's memory and the numbers in its launches, so
-    the graph needs nothing on the host to stay alive (warm up once before, so that the kernels are compiled).
+    the graph needs nothing on the host to stay alive (warm up once before, so that the kernels are compiled and loaded).
     """
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64)
@@ -105,6 +106,7 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
         for first in range(0, len(padded), _WRITTEN):
             cl_write_table[(1,)](table[first:], *padded[first : first + _WRITTEN], **_TABLE_CONFIG.options())
         return table
+    _load_writer(device)
     key = (torch.cuda.current_stream(device).cuda_stream, device.index, *values)
     found = _tables.pop(key, None)
     if found is None:
@@ -113,6 +115,15 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
             _tables.popitem(last=False)
     _tables[key] = found  # the newest last
     return found
+
+
+@functools.cache
+def _load_writer(device: torch.device) -> None:
+    """Launch `cl_write_table` once a device before any capture: only captures use it, and the driver loads no code then
+    ("operation not permitted when stream is capturing").
+    """
+    scratch = torch.empty(_WRITTEN, dtype=torch.int64, device=device)
+    cl_write_table[(1,)](scratch, *[0] * _WRITTEN, **_TABLE_CONFIG.options())
 
 
 def capability(device: torch.device) -> int:

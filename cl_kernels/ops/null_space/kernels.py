@@ -27,7 +27,7 @@ def tile_of(blocks, TILE: tl.constexpr):
     return item // pairs, i.to(tl.int32) * TILE + within, j.to(tl.int32) * TILE + within
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])
 def cl_symmetric_halves(source, high, low, size, blocks, TILE: tl.constexpr):
     """The upper triangle of float64 matrices [L, size, size] as halves [L, padded, padded], mirrored, zero beyond."""
     layer, row, column = tile_of(blocks, TILE)
@@ -39,7 +39,7 @@ def cl_symmetric_halves(source, high, low, size, blocks, TILE: tl.constexpr):
     store_mirrored(low + layer * padded * padded, b, row, column, padded, padded)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])
 def cl_symmetric_product(
     a_high, a_low, b_high, b_low, d_high, d_low, out_high, out_low, out, size, blocks, alpha, beta, gamma,
     TILE: tl.constexpr, STEP: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
