@@ -59,6 +59,16 @@ _NSP2_RECIPE = {
     "weight_decay": 5e-5,
     "schedule": "steps-official",
 }
+_LORAC_RECIPE = {  # augmented ViT-B/16 of ImageNet-21k; without the official code's clipping and head re-alignment
+    "rank": 16,
+    "alpha": 1.0,
+    "clusters": 4,
+    "lr": 0.0015,  # 0.006 scaled by 64 / 256
+    "head_lr": None,
+    "schedule": "cosine",
+    "head": "linear",
+    "head_init": "default",
+}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "sequential": _NSP2_RECIPE,
     "matched-lr": _NSP2_RECIPE,
@@ -90,6 +100,10 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "head": "linear",
         "head_init": "default",
     },
+    "lorac": _LORAC_RECIPE,
+    "lorac-ipc": _LORAC_RECIPE,
+    "inf-lora": {"rank": 10, "gram_power": 2},
+    "sd-lora": {"positions": "q v"},
 }
 
 
