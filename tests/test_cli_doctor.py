@@ -164,13 +164,14 @@ def test_inspect_covariances(command: Run, tmp_path: Path) -> None:
 
 def test_inspect_a_run_checkpoint(command: Run, tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
-    report = {"prompts.0": {"right": {"dim": 128, "protected": 9, "gain": 0.1, "energy": 0.8}}}
+    row = {"dim": 128, "protected": 9, "gain": 0.1, "energy": 0.8, "added": 7, "tasks_left": 17}
+    report = {"prompts.0": {"right": row, "left": row | {"dim": 0, "added": 0, "tasks_left": None}}}
     tree = {"position": {"task": 2, "epoch": 0}, "steps": 99, "method": {"own": {"report": report}}, "x": torch.ones(3)}
     checkpoint.save_atomically(path, tree, fingerprint="abc")
     assert [t["name"] for t in examine(path)["tensors"]] == ["x"]
     code, out, _ = command("inspect", str(path))
     assert code == 0
-    for text in ("cl_kernels.run", "position.task", "99", "prompts.0", "128", "80.0%"):
+    for text in ("cl_kernels.run", "position.task", "99", "prompts.0", "128", "80.0%", "93.0%", "+7", "17"):
         assert text in out
     facts = examine(path)
     assert facts["run"]["position.task"] == 2

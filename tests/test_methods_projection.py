@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -480,3 +481,27 @@ class TestTraps:
             free = row["dim"] - row["protected"]
             assert row["gain"] == pytest.approx(1 / math.sqrt(row["dim"]), rel=1e-6)
             assert gains["none"][name]["gain"] == pytest.approx(math.sqrt(free / row["dim"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "base"), [*FORMS, ("nsp2", ""), ("null-space", "")])
+def test_store_and_report_say_what_each_task_added_and_how_many_like_it_still_fit(name: str, base: str) -> None:
+    torch.manual_seed(0)
+    made = ({"base": base} if base else {}) | ({} if name == "gpm" else {"rule": "energy:0.9"})
+    once, method = (methods.create(name, tiny_model(), **made) for _ in range(2))
+    train(method, TASKS[0], steps=1)
+    first = {row["layer"] + row["side"]: row for row in method.store.report()}
+    train(method, TASKS[1], steps=1)
+    assert len(TASKS) == 3, "the last task leaves no room to report"
+    grown = 0
+    for row in method.store.report():
+        before, kept = first[row["layer"] + row["side"]], method.subspace()[row["layer"]][row["side"]]
+        assert before["added"] == before["rank"]
+        assert row["added"] == row["rank"] - before["rank"] == kept["added"]
+        grown += row["added"] > 0
+        left = math.inf if row["added"] <= 0 else (row["dimension"] - row["rank"]) // row["added"]
+        assert row["tasks_left"] == left
+        assert kept["tasks_left"] == (None if left == math.inf else left)
+    assert grown, "without growth anything passes"
+    once.load_state_dict(method.state_dict())
+    assert once.store.report() == method.store.report()
+    json.dumps(once.subspace(), allow_nan=False)

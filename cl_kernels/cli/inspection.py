@@ -155,7 +155,9 @@ def _reported(tree: Any) -> list[dict[str, Any]]:
     if isinstance(report, dict):
         return [
             {"layer": layer, "side": side, "dimension": entry.get("dim"), "rank": entry.get("protected"),
-             "energy": entry.get("energy"), "condition": None, "orthogonality_error": None, "free": None}
+             "energy": entry.get("energy"), "condition": None, "orthogonality_error": None,
+             "free": 1 - entry.get("protected", 0) / entry["dim"] if entry.get("dim") else None,
+             "added": entry.get("added"), "tasks_left": entry.get("tasks_left")}
             for layer, sides in report.items() for side, entry in sides.items()
         ]  # fmt: skip
     return next((rows for value in tree.values() if (rows := _reported(value))), [])

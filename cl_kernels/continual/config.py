@@ -76,8 +76,10 @@ class RunConfig:
         feature_drift           {"relative"[T][T], "cosine"[T][T], "final_relative", "final_cosine"}: |f_i - f_j| by
                                 |f_j| and 1 - cos(f_i, f_j), task j's test images after task i against the end of
                                 task j; final: mean over old tasks after the last (null for one task)
-        subspace[T]             after each task {parameter: {"left"|"right": {"dim", "protected", "gain", "energy"}}},
-                                {} where nothing is kept; energy: share of the statistic's trace that is protected
+        subspace[T]             after each task {parameter: {"left"|"right": {"dim", "protected", "gain", "energy",
+                                "added", "tasks_left"}}}, {} where nothing is kept; energy: share of the statistic's
+                                trace that is protected; added: directions more than after the task before; tasks_left:
+                                how many tasks that add as many still fit, null where the last one added none
         loss[T][epochs]         mean training loss
         parameters              {"trainable"[T], "total"}
         skipped_images          broken files left out

@@ -73,14 +73,21 @@ class Projected(HeadMethod):
                 self.model(images)
                 seen += len(images)
         made = self.memory.remember(self._found(collector), seen)
-        self._report = {name: {side: side_report(*made[name][side]) for side in made[name]} for name in made}
+        before = self._report
+        self._report = {
+            name: {side: side_report(*pair, before.get(name, {}).get(side)) for side, pair in sides.items()}
+            for name, sides in made.items()
+        }
         dtype = self._like.dtype
         projectors = {
             name: self._adjusted(Sides(**{side: projector.to(dtype) for side, (projector, _) in sides.items()}))
             for name, sides in made.items()
         }
-        self.store = new_store(projectors, self._report)
-        self._covered(self.store)
+        store = self._covered(new_store(projectors, self._report))
+        if self.store is None:
+            self.store = store
+        else:
+            self.store.replace(store)  # which notes by how much each layer grew
 
     def _covered(self, store: SubspaceStore) -> SubspaceStore:
         missing = [name for name, _ in self._body() if name not in store]
@@ -100,7 +107,7 @@ class Projected(HeadMethod):
         return optimizer
 
     def subspace(self) -> Report:
-        """Dimension, protected directions, RMS gain and protected energy by parameter and side."""
+        """Dimension, protected directions, RMS gain, protected energy, growth and room by parameter and side."""
         return self._report
 
     def _state(self) -> dict[str, Any]:

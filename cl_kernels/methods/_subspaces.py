@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ __all__ = [
     "side_report",
 ]
 
-Report = dict[str, dict[str, dict[str, float]]]
-"""By parameter, by side: dim, protected, gain, energy."""
+Report = dict[str, dict[str, dict[str, Any]]]
+"""By parameter, by side: dim, protected, gain, energy, added, tasks_left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,22 @@ def protected_energy(covariance: Tensor, projector: Projector) -> float:
     return held if span > 0 else 1.0 - held
 
 
-def side_report(projector: Projector, covariance: Tensor) -> dict[str, float]:
-    """Dimension, protected directions, RMS gain and protected energy of one side, for results.json."""
+def side_report(
+    projector: Projector, covariance: Tensor, before: Mapping[str, Any] | None = None
+) -> dict[str, float | None]:
+    """Dimension, protected directions, RMS gain and protected energy of one side, for results.json.
+
+    `before`: the report of the task before. `added`: how many more directions are protected now; `tasks_left`: how many
+    tasks that add as many still fit, None (JSON has no infinity) where the last one added none."""
+    protected = protected_rank(projector) or 0
+    added = protected - (before["protected"] if before else 0)
     return {
         "dim": projector.dim,
-        "protected": protected_rank(projector) or 0,
+        "protected": protected,
         "gain": rms_gain(projector),
         "energy": protected_energy(covariance, projector),
+        "added": added,
+        "tasks_left": (projector.dim - protected) // added if added > 0 else None,
     }
 
 
