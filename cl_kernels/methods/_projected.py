@@ -83,11 +83,7 @@ class Projected(HeadMethod):
             name: self._adjusted(Sides(**{side: projector.to(dtype) for side, (projector, _) in sides.items()}))
             for name, sides in made.items()
         }
-        store = self._covered(new_store(projectors, self._report))
-        if self.store is None:
-            self.store = store
-        else:
-            self.store.replace(store)  # which notes by how much each layer grew
+        self.store = self._covered(new_store(projectors, self._report, self.store))
 
     def _covered(self, store: SubspaceStore) -> SubspaceStore:
         missing = [name for name, _ in self._body() if name not in store]

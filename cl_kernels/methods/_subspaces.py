@@ -144,9 +144,9 @@ def check_rule(name: str, text: str | None) -> None:
         parse_rule(name, text)
 
 
-def new_store(sides: dict[str, Sides], report: Report) -> SubspaceStore:
-    """A store of `sides` that knows the protected energies."""
-    store = SubspaceStore()
+def new_store(sides: dict[str, Sides], report: Report, before: SubspaceStore | None) -> SubspaceStore:
+    """A store of `sides` that knows the protected energies, and by how much each is larger than in `before`."""
+    store = SubspaceStore(before)
     for name, pair in sides.items():
         store.put(name, pair, **{f"{side}_energy": values["energy"] for side, values in report[name].items()})
     return store
