@@ -208,12 +208,12 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
         yield with_gradient((6, 300, 8), "duplicate column", device)
         yield penalty(1, 4, device)
         return
+    yield extension(device)
+    yield penalty(9, 16, device)
     for shape in SHAPES:
         for kind in KINDS:
             yield forward(shape, kind, device)
             yield with_gradient(shape, kind, device)
-    yield extension(device)
-    yield penalty(9, 16, device)
 
 
 def cases(quick: bool) -> Iterable[Case]:
