@@ -570,10 +570,22 @@ def test_bind_moves_state_by_name_and_resets_what_was_resized(net):
 
 def test_a_resized_projected_parameter_is_refused_by_bind(net):
     optimizer = ProjectedAdamW(net.named_parameters(), subspace=subspace())
+    train(net, optimizer, 1)
+    old, bias = net.first, net.first.bias
     net.first = nn.Linear(9, 8)
     optimizer.param_groups[0]["params"] = list(net.parameters())
-    with pytest.raises(SubspaceMismatchError, match="first"):
+    held = {p: dict(state) for p, state in optimizer.state.items()}
+    with (
+        pytest.warns(UserWarning, match=r"first\.weight: resized"),
+        pytest.raises(SubspaceMismatchError, match="first"),
+    ):
         optimizer.bind(net)
+    assert optimizer.state.keys() == held.keys(), "a bind that fails moves no state"
+    assert all(optimizer.state[p][key] is value for p, state in held.items() for key, value in state.items())
+    net.first = old
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    optimizer.bind(net)
+    assert optimizer.state[bias]["step"] == 1
 
 
 def test_groups_can_grow_and_have_their_own_settings(net):

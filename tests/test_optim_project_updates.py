@@ -368,6 +368,35 @@ def test_a_handle_keeps_no_optimizer_alive(net: Net) -> None:
     assert gone() is None
 
 
+def test_bind_lets_go_of_parameters_that_were_replaced(net: Net) -> None:
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    handle = project_updates(optimizer, subspace())
+    old = weakref.ref(net.wide.weight)
+    net.wide = nn.Linear(24, 8)
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    handle.bind(net)
+    gc.collect()
+    assert old() is None
+    train(net, optimizer, 1)
+    del net.wide
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    handle.bind(net)
+    with pytest.raises(SubspaceMismatchError, match=r"unknown parameters: wide\.weight"):
+        handle.set_subspace(subspace())
+
+
+def test_low_memory_keeps_a_copy_where_a_16_bit_basis_has_to_be_applied_twice() -> None:
+    weight, seen = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16)), []
+    basis = torch.linalg.qr(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))[0].bfloat16()
+    optimizer = torch.optim.SGD([("weight", weight)], lr=1.0)
+    handle = project_updates(optimizer, {"weight": Projector(basis)}, low_memory=True)
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(kept.products for kept in handle._kept))
+    weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    optimizer.step()
+    assert seen == [False]
+    assert (weight.double() @ basis.double()).norm() <= 8e-4 * weight.double().norm()  # one application leaves 1e-3
+
+
 def test_a_wrapper_without_hooks_is_refused_with_advice(net: Net) -> None:
     class Wrapper(torch.optim.Optimizer):  # what Accelerate does
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -61,14 +61,19 @@ class ProjectedOptimizer(Optimizer):
     def bind(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Read the parameters' names anew, after a toolbox replaced parameters or edited `param_groups`.
 
-        State follows a name to its new tensor; a resized parameter loses its state, with a warning.
+        State follows a name to its new tensor; a resized parameter loses its state, with a warning. Raises what
+        `set_subspace` raises, and then changes nothing.
         """
-        names = _names.rebind(self._names, _names.named(model), self.param_groups, self.state)
-        before, self._names, self._ready = self._names, names, {}
+        named, state = _names.named(model), self.state.copy()
+        before = (self._names, [group.get("param_names") for group in self.param_groups])
         try:
+            self._names, self._ready = _names.rebind(self._names, named, self.param_groups, self.state), {}
             self._adopt(self._store, self._strict, restart=False)
         except Exception:
-            self._names = before
+            self._names, self.state = before[0], state
+            for group, names in zip(self.param_groups, before[1], strict=True):
+                if names is not None:
+                    group["param_names"] = names
             raise
 
     @torch.no_grad()
@@ -207,7 +212,7 @@ class ProjectedOptimizer(Optimizer):
             store = _subspace.embedded(saved["tensors"], devices)
         elif strict and prints and (self._store is None or list(self._store.keys())):
             self._same_subspace(prints)
-        before = (self._store, self._strict, self._ready, self._start, self._seen)
+        before = (self._store, self._strict, self._ready, self._start, self._seen, self._expected)
         loaded = (self.state, self.param_groups)
         if store is not None:
             self.set_subspace(store, strict=strict)
@@ -215,7 +220,7 @@ class ProjectedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
             _gradients.check_state(self._names, self.state)
         except Exception:
-            self._store, self._strict, self._ready, self._start, self._seen = before
+            self._store, self._strict, self._ready, self._start, self._seen, self._expected = before
             self.state, self.param_groups = loaded
             raise
         waits = strict and store is None and self._store is not None and not list(self._store.keys())
@@ -230,16 +235,7 @@ class ProjectedOptimizer(Optimizer):
         _all_known(differing, "the state was saved under another subspace (call `set_subspace` first); differing")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "_names",
-            "_store",
-            "_strict",
-            "_start",
-            "_expected",
-            "_nonfinite",
-            "_skipped",
-            "_step_supports_amp_scaling",
-        )
+        own = (*self._OWN, "_step_supports_amp_scaling")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

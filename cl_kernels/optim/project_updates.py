@@ -64,7 +64,8 @@ class ProjectedUpdates:
     def bind(self, model: nn.Module) -> None:
         """Read the parameters' names from the model: needed where the optimizer was made from bare tensors, and after
         a toolbox replaced parameters."""
-        self._names.update(_names.named(model))
+        names, present = _names.named(model), set(_names.grouped(self._optimizer.param_groups))
+        self._names = {p: name for p, name in self._names.items() if p in present and p not in names} | names
         self._ready = {}
 
     def set_subspace(self, store: Any, *, strict: bool = True) -> None:
@@ -128,7 +129,9 @@ class ProjectedUpdates:
         left, (basis, form, identity, _) = sides
         plain = left[1] == NONE and form == BASIS and identity == 1.0 and here.is_contiguous()
         # 8 r bytes a row against 4 d: products of rounded numbers cancel, so they are made and kept in float64.
-        if self._low_memory and plain and basis is not None and basis.dtype == here.dtype and _thin(basis):
+        # A 16-bit basis has to be applied twice, which these products do once.
+        fits = basis is not None and basis.dtype == here.dtype and basis.dtype.itemsize > 2
+        if self._low_memory and plain and fits and basis is not None and _thin(basis):
             return _Kept(here, _products(here, basis), sides, products=True)
         return _Kept(here, here.detach().clone(memory_format=torch.preserve_format), sides, products=False)
 
