@@ -68,7 +68,7 @@ def weights(device: str) -> Iterable[Case]:
         block = ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))
         for r in (64, 300):
             many = layers if device == "cuda" else 1
-            name = f"full weights, {many} block{"s" if many > 1 else ""} of {model}, rank {r}"
+            name = f"full weights, {many} block{'s' if many > 1 else ''} of {model}, rank {r}"
             yield step_case(name, State(block * many, (r,) * 4 * many, device=device), loops=d == 768)
 
 
