@@ -96,7 +96,7 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
 
     Kept for the same numbers on the same stream: layers of a model come back at the same addresses. While a CUDA graph
     is captured nothing is looked up or kept: the table lives in the graph's memory and the numbers in its launches, so
-    the graph needs nothing on the host to stay alive (warm up once before, so that the kernels are compiled and loaded).
+    the graph needs nothing on the host to stay alive (warm up once before: kernels are loaded then).
     """
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64)

@@ -253,7 +253,7 @@ def _tiles(dtype, tile, step, warps, stages, *, aligned=True, split=None):
     return _tuning.Config(tuple(constants.items()), warps, stages)
 
 
-def _tile_configs(short, wide):
+def _tile_configs(short, wide, narrow=(64, 64, 4, 4)):
     """For an architecture: (tile, step, warps, stages) of 16-bit and of float32 rows; sizes below 256 take tiles of 64.
 
     "any" is for rows that no 16-byte load can read: odd widths, odd addresses, columns that are not neighbours.
@@ -261,8 +261,8 @@ def _tile_configs(short, wide):
     configs = {}
     for dtype in ("bf16", "fp16"):
         configs[dtype, "wide"] = _tiles(dtype, *short)
-        configs[dtype, "narrow"] = _tiles(dtype, 64, 64, 4, 4)
-        configs[dtype, "any"] = _tiles(dtype, 64, 64, 4, 2, aligned=False)
+        configs[dtype, "narrow"] = _tiles(dtype, *narrow)
+        configs[dtype, "any"] = _tiles(dtype, 64, 32, 4, 2, aligned=False)  # 64 rows at once spill with Triton 3.6
         configs[dtype, "weighted"] = _tiles(dtype, 64, 32, 4, 1, aligned=False, split=True)
     configs["fp32", "wide"] = _tiles("fp32", *wide)
     configs["fp32", "narrow"] = _tiles("fp32", 64, 32, 4, 3)
@@ -283,7 +283,8 @@ def _sum_configs(ahead):
     configs = {}
     for dtype in ("fp32", "fp64"):
         for tile in (64, 128):
-            constants = {"MOST": MOST, "STATE": _TYPES[dtype], "TILE": tile, "ROWS_AT_ONCE": 16, "AHEAD": ahead}
+            at_once = tile // 8  # 16 rows of a tile of 64 spill with Triton 3.6
+            constants = {"MOST": MOST, "STATE": _TYPES[dtype], "TILE": tile, "ROWS_AT_ONCE": at_once, "AHEAD": ahead}
             configs[dtype, str(tile)] = _tuning.Config(tuple(constants.items()), 4, 1)
     return configs
 
@@ -300,7 +301,7 @@ TILES = _tuning.declare(
     cl_gram_tiles,
     _types,
     {
-        80: _tile_configs((128, 32, 8, 3), (64, 32, 4, 3)),
+        80: _tile_configs((128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 3)),
         90: _tile_configs((128, 128, 8, 3), (128, 32, 8, 3)),
         100: _tile_configs((128, 64, 8, 4), (128, 32, 8, 3)),
     },

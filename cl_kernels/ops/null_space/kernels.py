@@ -110,6 +110,6 @@ PRODUCT = _tuning.declare(
     {
         80: _product_configs((128, 32, 8, 3), (64, 32, 4, 3)),
         90: _product_configs((128, 64, 8, 3), (64, 64, 4, 4)),
-        100: _product_configs((128, 64, 8, 3), (64, 64, 4, 4)),
+        100: _product_configs((128, 32, 8, 4), (64, 64, 4, 4)),  # (128, 64, 8, 3) takes 246 KB with Triton 3.6
     },
 )
