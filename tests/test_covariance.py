@@ -392,6 +392,8 @@ def test_a_wrong_entry_changes_no_layer(backend):
         update_covariances_(covs, [torch.ones(2, 3), torch.ones(2, 3)])
     with pytest.raises(ValueError, match="totals: expected 2 tensors"):
         update_covariances_(covs, [torch.ones(2, 3), torch.ones(2, 4)], totals=[torch.zeros(3)])
+    with pytest.raises(RuntimeError, match=r"covs\[1\] is on meta but covs\[0\] is on cpu"):
+        update_covariances_([covs[0], covs[1].to("meta")], [torch.ones(2, 3), torch.ones(2, 4, device="meta")])
     assert not any(bool(cov.any()) for cov in covs)
 
 

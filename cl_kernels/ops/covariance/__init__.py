@@ -78,6 +78,8 @@ def update_covariances_(
             raise ValueError(f"{name}: expected {len(covs)} tensors, one for each of covs, got {len(values)}")
     for i, (cov, x) in enumerate(zip(covs, xs, strict=True)):
         _check(f"[{i}]", cov, x, *(values[i] if values is not None else None for values in (totals, counts, weights)))
+        if cov.device.type != covs[0].device.type:  # one implementation is given all of them; several GPUs are fine
+            raise RuntimeError(f"covs[{i}] is on {cov.device} but covs[0] is on {covs[0].device}; call once for each")
     _checked_scales(alpha, beta)
     if not covs:
         return
