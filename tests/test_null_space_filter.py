@@ -500,6 +500,16 @@ def test_a_warning_points_at_the_line_that_called():
         assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0])
+def test_a_trace_of_zero_is_not_a_zero_matrix(scale):
+    """Eigenvalues +scale and -scale: the first is protected, whatever the units."""
+    cov = scale * torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=F64)
+    with pytest.warns(UserWarning, match="not positive semi-definite"):
+        one, two = both(cov, RatioToLargest(1e-3))
+    assert float((one - two).abs().max()) <= 1e-6
+    assert float((two @ torch.ones(2, dtype=F64)).abs().max()) <= 1e-6
+
+
 @pytest.mark.parametrize("rule", [Threshold(1.0), Rank(10), Rank(40), Energy(0.999)], ids=str)
 def test_indefinite_matrices_are_clamped_with_a_warning(rule):
     """-2 is above the last 86 eigenvalues in size, so thresholds of a search on the way there cannot be filtered."""

@@ -69,7 +69,7 @@ def null_space_projector(
     protects well while the largest eigenvalue is below 3e5 times the cut; float64 and "filter" have no such limit.
     Raises as `symmetric_eigh`, and `ValueError` for `mix` outside [0, 1], unknown names, or what the rule refuses.
     Cost of "eigh" (and of "filter" on a CPU): one eigen-decomposition a matrix, waiting for the device. Of "filter" on
-    CUDA: one to nine evaluations of `log_odds_filter` for all matrices together, each read from the device once.
+    CUDA: one to eleven evaluations of `log_odds_filter` for all matrices together, each read from the device once.
     """
     share = _checks.number("mix", mix, 0.0, 1.0)
     if normalize not in (None, "fro"):

@@ -66,8 +66,8 @@ class Products:
 
     def __init__(self, cov: Tensor, steps: int, apply: Filter) -> None:
         self.size, self.dtype, self.steps, self.cov, self.apply = cov.shape[-1], cov.dtype, steps, cov, apply
-        self.indefinite = cov.new_zeros(len(cov), dtype=torch.bool)
         self.trace = cov.diagonal(dim1=1, dim2=2).double().sum(1)
+        self.indefinite = ~(self.trace > 0) & (cov.abs().amax((1, 2)) > 0)
         self._scaled = self._double().to(_working(cov.device))
 
     def count(self, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class Products:
 
     def projector(self, tau: Tensor) -> Tensor:
         found, status = self.apply(self.cov, tau, self.steps, None, True)
-        self.indefinite = (status & (log_odds.INDEFINITE | log_odds.NOT_POSITIVE)) != 0
+        self.indefinite |= (status & (log_odds.INDEFINITE | log_odds.NOT_POSITIVE)) != 0
         return recomputed(found, status, self.cov, tau, self.steps)
 
     def _double(self) -> Tensor:
