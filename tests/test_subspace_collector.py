@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -243,8 +244,12 @@ def test_direct_update() -> None:
     assert close(found["attention.map"].matrix, gram(x) + gram(x[:1]))
     with pytest.raises(SubspaceMismatchError, match="width 6, got 5"):
         collector.update("attention.map", data(2, 5))
-    with pytest.raises(ValueError, match="floating"):
-        collector.update("other", torch.ones(3, 3, dtype=torch.int64))
+    for wrong, got in ((torch.ones(3, 3, dtype=torch.int64), "int64"), (torch.eye(3).to_sparse(), "sparse_coo")):
+        with pytest.raises(ValueError, match=f"x: expected a dense tensor .*{got}"):
+            collector.update("other", wrong)
+    assert list(collector.counts()) == ["attention.map"]
+    with pytest.warns(UserWarning, match="1 layers"):
+        collector.covariances()
     with pytest.raises(ValueError, match="name"):
         collector.update("../x", x)
     with pytest.raises(ValueError, match="model"):
@@ -369,6 +374,16 @@ def test_a_backward_of_the_users_own_is_no_recomputation() -> None:
 
     with CovarianceCollector(model) as collector:
         Own.apply(data(3).requires_grad_()).sum().backward()
+    assert collector.covariances()["first.weight"].rows == 8
+
+
+def test_a_script_in_a_folder_of_checkpoints_is_no_recomputation() -> None:
+    model, x = Net(), data(8, 5)
+    scope: dict[str, Any] = {}
+    source = "def backward(model, x):\n    model(x).sum().backward()\n"
+    exec(compile(source, os.path.join("checkpoints", "train.py"), "exec"), scope)
+    with CovarianceCollector(model) as collector:
+        scope["backward"](model, x)
     assert collector.covariances()["first.weight"].rows == 8
 
 

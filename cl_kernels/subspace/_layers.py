@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -207,7 +208,7 @@ def in_recomputation() -> bool:
     while frame.f_back is not None:
         frame = frame.f_back
         code = frame.f_code
-        if code.co_name in ("backward", "unpack_hook", "recompute_fn") and "checkpoint" in code.co_filename:
+        if code.co_name in ("backward", "unpack_hook", "recompute_fn") and "checkpoint" in Path(code.co_filename).name:
             return True
     return False
 

@@ -182,8 +182,12 @@ class CovarianceCollector:
         Raises `SubspaceMismatchError` when `name` has rows of another width.
         """
         key, plans = checked_name(name), self._tally.plans
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
-            raise ValueError(f"x: expected a real floating-point tensor [..., d], got {type(x).__name__}")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: expected a tensor [..., d], got {type(x).__name__}")
+        if not x.is_floating_point() or x.layout not in (torch.strided, torch.jagged) or x.ndim == 0:
+            raise ValueError(
+                f"x: expected a dense tensor [..., d] of a real dtype, got {x.ndim}-d {x.dtype}, {x.layout}"
+            )
         if key not in plans:
             self._tally.plan(key, Plan((x.shape[-1],), quartic=self._quartic))
         elif plans[key].prompts or plans[key].shape != (x.shape[-1],):
