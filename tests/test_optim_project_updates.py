@@ -359,6 +359,23 @@ def test_one_handle_an_optimizer(net: Net) -> None:
         project_updates(ProjectedAdamW(net.named_parameters()), subspace())
 
 
+def test_removing_twice_does_not_free_the_way_for_a_second_projection(net: Net) -> None:
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    first = project_updates(optimizer, subspace())
+
+    def failing() -> Any:
+        raise KeyError("loss")
+
+    with pytest.raises(KeyError):
+        optimizer.step(failing)
+    first.remove()
+    assert not first._kept, "copies of a step that raised"
+    project_updates(optimizer, subspace())
+    first.remove()
+    with pytest.raises(ValueError, match="already"):
+        project_updates(optimizer, subspace())
+
+
 def test_a_handle_keeps_no_optimizer_alive(net: Net) -> None:
     optimizer = torch.optim.AdamW(net.named_parameters())
     project_updates(optimizer, subspace())

@@ -90,10 +90,12 @@ class ProjectedUpdates:
         self._seen = None if checked is None else checked.version
 
     def remove(self) -> None:
-        """Leave the optimizer as it was."""
+        """Leave the optimizer as it was; once done, doing it again changes nothing."""
         for hook in self._hooks:
             hook.remove()
-        _PROJECTED.discard(self._optimizer)
+        if self._hooks:  # else it may have another handle by now
+            _PROJECTED.discard(self._optimizer)
+        self._hooks, self._kept = [], []
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
