@@ -127,9 +127,9 @@ class GPMWeights(GPM, ProjectedWeights):
 
 
 def subset(batches: Batches, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """At most `size` images of `batches`, each set of them equally likely; batches no larger than the first came.
+    """At most `size` images of `batches`, each set of them equally likely, in batches no larger than the largest of them.
 
-    One pass and no more than `size` images in memory: every image draws a number, the smallest stay."""
+    One pass, and `size` images and one batch in memory: every image draws a number, the smallest stay."""
     generator = torch.Generator().manual_seed(seed)
     kept: tuple[Tensor, Tensor, Tensor] | None = None
     width = 1
