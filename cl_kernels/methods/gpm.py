@@ -127,7 +127,7 @@ class GPMWeights(GPM, ProjectedWeights):
 
 
 def subset(batches: Batches, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """At most `size` images of `batches`, each set of them equally likely, in batches no larger than the largest of them.
+    """At most `size` images of `batches`, each set of them equally likely, in batches no larger than the largest given.
 
     One pass, and `size` images and one batch in memory: every image draws a number, the smallest stay."""
     generator = torch.Generator().manual_seed(seed)
