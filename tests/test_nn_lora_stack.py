@@ -27,6 +27,7 @@ from timm.layers import AttentionRope
 from timm.models.vision_transformer import VisionTransformer
 
 from cl_kernels.nn import COMPOSITIONS, LoRAStack, from_peft, olora_init, peft_config, to_peft_state_dict
+from cl_kernels.nn._lora_linear import LoRALinear
 
 
 class SeparateAttention(AttentionRope):
@@ -544,3 +545,69 @@ def test_patterns_of_a_peft_configuration_are_read_as_peft_reads_them():
     bias = {**state, "base_model.model.blocks.0.mlp.fc1.lora_B.bias": torch.zeros(192)}
     with pytest.raises(ValueError, match=r"lora_B\.bias"):
         from_peft(stack, bias)
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("positions", [("q", "k", "v", "proj", "fc1", "fc2"), ("k", "fc2")])
+def test_with_many_rows_one_composed_weight_gives_the_same_outputs_and_gradients(composition, positions, monkeypatch):
+    stack = trained(2, composition=composition, positions=positions, orthogonality=None)
+    stack.places()["blocks.0.attn.qkv.k"].frozen_after = 1
+    stack.begin_task()
+    train(stack, 1)
+    many = images(count=24).requires_grad_()
+    names, trains = zip(*stack.trainable_parameters(), strict=True)
+    used, found = [], []
+    for _ in range(2):
+        y = stack(many)
+        used.append("Composed" in _graph(y))
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+        found.append((y, *torch.autograd.grad(loss, [many, *trains], allow_unused=True)))
+        monkeypatch.setattr(LoRALinear, "_many", lambda layer, x: False)
+    assert used == [True, False]
+    for name, got, want in zip(("output", "images", *names), *found, strict=True):
+        assert (got is None) == (want is None), name
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _graph(y: Tensor) -> str:
+    """The names of all nodes behind y."""
+    nodes, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [next_node for next_node, _ in node.next_functions]
+    return " ".join(type(node).__name__ for node in nodes)
+
+
+def test_snapshots_and_importance_with_many_rows():
+    stack = trained(2)
+    many = images(count=24)
+    last = stack(many)
+    with stack.at(0):
+        first = stack(many)
+    stack.begin_task()
+    torch.testing.assert_close(stack(many), last, rtol=1e-10, atol=1e-10)
+    with stack.at(0):
+        assert torch.equal(stack(many), first)
+    with stack.record_importance() as importance:
+        stack(many).square().sum().backward()
+    assert all(score > 0 for score in importance.scores().values())
+
+
+@pytest.mark.parametrize("rows", [8, 200])
+def test_hooks_of_a_frozen_layer_see_every_call_and_a_layer_compiles_whole(rows):
+    """8 rows take the thin products, 200 the composed weight, unless somebody listens to the frozen layer."""
+    stack = trained(2)
+    stack.begin_task()
+    layer = dict(stack.layers())["blocks.0.attn.qkv"]
+    x = torch.randn(rows, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = layer(x)
+    assert ("Composed" in _graph(plain)) == (rows == 200)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain, rtol=1e-10, atol=1e-10)
+    seen: list[Tensor] = []
+    with layer.base.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        torch.testing.assert_close(layer(x), plain, rtol=1e-10, atol=1e-10)
+    assert seen[0] is x

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cl_kernels.nn._composed import Part
+
 __all__ = ["Adapters", "Coefficients"]
 
 
@@ -140,6 +142,16 @@ class Adapters(nn.Module):
             thin = x @ current.a
             parts.append((thin if current.gain is None else thin * current.gain) @ current.b)
         return self.scale * (parts[0] if len(parts) == 1 else parts[0] + parts[1]) if parts else None
+
+    def part(self, where: slice) -> Part | None:
+        """What `composed_linear` needs for the output columns `where`; None when there is no adapter."""
+        columns, values = self.coefficients()
+        current = self.current if self.shown is None else None
+        if not columns and current is None:
+            return None
+        a, b = (self.past_a[:, :columns], self.past_b[:columns]) if columns else (None, None)
+        new = current or (None, None, None)
+        return Part(where.start, where.stop, self.scale, a, b, values, new[0], new[1], new[2])
 
     @torch.no_grad()
     def delta(self) -> Tensor:

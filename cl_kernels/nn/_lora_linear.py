@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_kernels.nn._adapters import Adapters
+from cl_kernels.nn._composed import composed_linear
 
 __all__ = ["POSITIONS", "LoRALinear", "places"]
 
@@ -63,16 +64,33 @@ class LoRALinear(nn.Module):
                 yield name, part
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         if self.merged is not None:
-            return y
-        deltas = {name: adapters(x) for name, adapters in self.named_adapters()}
-        if any(delta is not None for delta in deltas.values()):
-            y = self._added(y, deltas)
+            return self.base(x)  # type: ignore[no-any-return]  # a linear layer gives a tensor
+        given = [one.part(self.slices[name]) for name, one in self.named_adapters()] if self._many(x) else []
+        parts = [part for part in given if part is not None]
+        if parts:
+            y = composed_linear(x, self.base.weight, self.base.bias, parts)
+        else:
+            y = self.base(x)
+            deltas = {name: adapters(x) for name, adapters in self.named_adapters()}
+            if any(delta is not None for delta in deltas.values()):
+                y = self._added(y, deltas)
         if self.watch is not None and y.requires_grad:
             seen, watch = x.detach(), self.watch
             y.register_hook(lambda grad: watch(self, seen, grad.detach()))
         return y
+
+    def _many(self, x: Tensor) -> bool:
+        """Whether x has so many rows N that one composed weight takes half the operations of the thin products, or
+        less: N (in + out) >= 2 in out for the narrowest slice. Not under autocast, where the weight would be rounded
+        after the updates were added to it, which may be smaller than its last digit; and not where somebody has hooked
+        the frozen layer, such as a CovarianceCollector, who would wait for a call in vain."""
+        if self.base._forward_hooks or self.base._forward_pre_hooks:
+            return False
+        if torch.is_autocast_enabled(x.device.type) or x.dtype != self.base.weight.dtype or x.dtype.itemsize < 4:
+            return False
+        size, width = self.in_features, min(part.stop - part.start for part in self.slices.values())
+        return bool(x.numel() // size * (size + width) >= 2 * size * width)
 
     def _added(self, y: Tensor, deltas: dict[str, Tensor | None]) -> Tensor:
         if len(deltas) == 1:
