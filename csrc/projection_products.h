@@ -1,8 +1,8 @@
 // Thin matrix products for the CPU step, written once and compiled for each instruction set (common/simd.h).
 //
-// Both are C = A B with the rows of B contiguous ("outer" form, which broadcasts A), or C = A B^T with the rows of A and
-// B contiguous ("inner" form, which needs a sum across the vector). With kAdd the product is added to C: accumulators
-// start at zero all the same, so that a sum is rounded at its own size and only once at that of C.
+// Both are C = A B with the rows of B contiguous ("outer" form, which broadcasts A), or C = A B^T with the rows of A
+// and B contiguous ("inner" form, which needs a sum across the vector). With kAdd the product is added to C:
+// accumulators start at zero all the same, so that a sum is rounded at its own size and only once at that of C.
 #pragma once
 
 #include <algorithm>
