@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cl_kernels import methods
 from cl_kernels.continual import run
+from cl_kernels.methods._base import HeadMethod
 from cl_kernels.methods._task_inference import TaskInference, _k_means
 from cl_kernels.nn import LoRAStack
 
@@ -461,3 +463,33 @@ class TestOthers:
         defaults = methods.options(name)
         assert recipe
         assert all(defaults[option] != value for option, value in recipe.items())
+
+
+@pytest.mark.parametrize("name", ["sequential-lora", "lorac", "lorac-ipc", "o-lora", "inf-lora", "sd-lora"])
+def test_a_run_killed_in_its_second_task_ends_in_the_same_results(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the file of a checkpoint made while importance is being measured: adapters, shares and clusters too."""
+    extra: dict[str, Any] = {"share": 0.2} if name == "lorac-ipc" else {}
+    options = {"rank": 2, "head_init": "default", "inference": "instance", "schedule": "cosine", **extra}
+    config = tiny_config(name, checkpoint_steps=2, options=options)
+
+    def results(**changes: Any) -> dict[str, Any]:
+        found = run(dataclasses.replace(config, **changes), data=tiny_data(), backbone=tiny_backbone())
+        return {key: value for key, value in found.items() if key not in ("seconds", "environment", "config")}
+
+    expected = results()
+    steps, plain = 0, HeadMethod.loss
+
+    def loss(method: HeadMethod, batch: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 17:  # of 18 in two tasks; the checkpoint is of step 16
+            raise KeyboardInterrupt
+        return plain(method, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadMethod, "loss", loss)
+        with pytest.raises(KeyboardInterrupt):
+            results(out=tmp_path)
+    assert results(out=tmp_path, resume=True) == expected

@@ -88,7 +88,7 @@ class InfLoRA(LoRAMethod):
         if self.tasks[-1].last:
             return
         keep = min(self.options.threshold + self.options.increment * self.model.task, 1.0)
-        for name, gram in self._grams(loader).items():
+        for name, gram in self._grams(task.batches()).items():  # the inference may have used up `loader`
             powered = gram if self.options.gram_power == 1 else gram @ gram / gram.trace()
             grown = grow_basis(self.bases.get(name), (powered + powered.mT) / 2, keep)
             self.bases[name], self.captured[name] = grown.basis, grown.captured
