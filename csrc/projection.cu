@@ -13,7 +13,7 @@
 namespace clk {
 namespace {
 
-constexpr int kThreads = 256;       // of the parts for large parameters
+constexpr int kThreads = 256;  // of the parts for large parameters
 template <typename T>
 constexpr int kBlockThreads = sizeof(T) == 8 ? 256 : 512;  // of one small parameter; doubles need the registers
 constexpr int kEntries = 96;  // a table stays below the 32764 bytes that kernel arguments may have
@@ -67,7 +67,8 @@ __device__ void right_inner(const Work& w, const T* x, int64_t thread) {
 }
 
 template <typename W, typename S>
-__global__ void __launch_bounds__(kBlockThreads<Compute<S>>) cl_projected_adam_block(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kBlockThreads<Compute<S>>)
+    cl_projected_adam_block(const __grid_constant__ Table table) {
     using T = Compute<S>;
     __shared__ Common<T> common;
     const int64_t block = blockIdx.x, thread = threadIdx.x, threads = kBlockThreads<T>;

@@ -66,8 +66,8 @@ inline std::vector<ProjectedParameter> projected_parameters(const std::vector<st
         const double* x = numbers.data() + i * (kNumbers - 1);
         const auto type = [](int64_t code) { return static_cast<DType>(code); };
         const auto side = [&](std::intptr_t matrix, const int64_t* z, const double* y) {
-            return ProjectionSide{static_cast<SideForm>(z[0]), pointer<const void>(matrix), type(z[4]), z[1], z[2],
-                                  z[3], y[0], y[1]};
+            return ProjectionSide{
+                static_cast<SideForm>(z[0]), pointer<const void>(matrix), type(z[4]), z[1], z[2], z[3], y[0], y[1]};
         };
         out.push_back({type(s[3]), type(s[4]), pointer<void>(address(0)), pointer<const void>(address(1)),
                        pointer<void>(address(2)), pointer<void>(address(3)), pointer<void>(address(4)),

@@ -118,20 +118,13 @@ CLK_HOST_DEVICE inline BlockWork<W, S> block_work(const BlockEntry& e, int64_t m
 
 inline BlockEntry block_entry(const ProjectedParameter& p, const StepTensors& tensors, int64_t index,
                               int64_t first_block, int64_t workspace) {
-    return {p.weight,
-            p.grad,
-            p.exp_avg,
-            p.exp_avg_sq,
-            p.largest,
-            p.step,
-            p.steps,
-            p.rows,
-            p.columns,
-            first_block,
-            p.batch,
-            p.left,
-            p.right,
-            tensors.scales ? tensors.scales + 4 * index : nullptr,
+    return {p.weight,  p.grad,
+            p.exp_avg, p.exp_avg_sq,
+            p.largest, p.step,
+            p.steps,   p.rows,
+            p.columns, first_block,
+            p.batch,   p.left,
+            p.right,   tensors.scales ? tensors.scales + 4 * index : nullptr,
             workspace};
 }
 
@@ -190,7 +183,8 @@ CLK_HOST_DEVICE inline void left_outer_phase(const Work& w, bool first_of_two, i
     }
 }
 
-// A lane's shares of inner[row .. row + kRows, j] = sum over c of x[row, c] V[c, j], a column-major basis read in order.
+// A lane's shares of inner[row .. row + kRows, j] = sum over c of x[row, c] V[c, j], a column-major basis read in
+// order.
 template <typename Work, typename T>
 CLK_HOST_DEVICE inline void right_shares(const Work& w, const T* x, int64_t row, int64_t j, int64_t lane, T* sums) {
     const int64_t count = w.rows - row < kRows ? w.rows - row : kRows;

@@ -21,12 +21,12 @@
 namespace clk {
 namespace {
 
-constexpr int64_t kPackRows = 24;               // measured: the copy costs about what 20 rows save
-constexpr int64_t kBlockElements = 16384;       // a block of u and its product in 128 KB of float
-constexpr int64_t kDenseElements = 1 << 20;     // of u where P is dense: the more rows, the less often P is read
-constexpr int64_t kPanel = 64, kDepth = 256;    // columns and rows of a dense P at a time, copied beside each other
-constexpr int64_t kStripElements = 65536;       // of a basis at a time, for few rows: 256 KB of a 1 MB cache
-constexpr int64_t kWaveBytes = 16 << 20;        // of copied bases at a time
+constexpr int64_t kPackRows = 24;                // measured: the copy costs about what 20 rows save
+constexpr int64_t kBlockElements = 16384;        // a block of u and its product in 128 KB of float
+constexpr int64_t kDenseElements = 1 << 20;      // of u where P is dense: the more rows, the less often P is read
+constexpr int64_t kPanel = 64, kDepth = 256;     // columns and rows of a dense P at a time, copied beside each other
+constexpr int64_t kStripElements = 65536;        // of a basis at a time, for few rows: 256 KB of a 1 MB cache
+constexpr int64_t kWaveBytes = 16 << 20;         // of copied bases at a time
 constexpr size_t kKeptBytes = size_t{32} << 20;  // of scratch that a thread keeps for its next step
 
 template <typename T, typename W>
@@ -62,8 +62,8 @@ struct Operations {
     void (*inner)(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m, int64_t n, int64_t k);
     void (*inner_add)(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m, int64_t n,
                       int64_t k);
-    void (*combine)(T* u, const T* product, T identity, T span, int64_t count);   // u <- identity u - span product
-    void (*subtract)(T* out, const T* a, const T* b, int64_t count);              // out <- a - b
+    void (*combine)(T* u, const T* product, T identity, T span, int64_t count);  // u <- identity u - span product
+    void (*subtract)(T* out, const T* a, const T* b, int64_t count);             // out <- a - b
 
     // `outer` in pieces of `depth` of the inner dimension, so that a piece of B is read once for all rows of A.
     void outer_pieces(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,
@@ -84,30 +84,32 @@ CLK_INLINE void subtract_body(T* __restrict out, const T* a, const T* b, int64_t
     for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
 }
 
-#define CLK_OPERATIONS(NAME, TARGET, BYTES)                                                                         \
-    template <typename T>                                                                                           \
-    struct NAME {                                                                                                   \
-        TARGET static void outer(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs,      \
-                                 int64_t m, int64_t n, int64_t k) {                                                 \
-            clk::outer<T, BYTES, false>(a, as, ak, b, bs, c, cs, m, n, k);                                          \
-        }                                                                                                           \
-        TARGET static void outer_add(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs,  \
-                                     int64_t m, int64_t n, int64_t k) {                                             \
-            clk::outer<T, BYTES, true>(a, as, ak, b, bs, c, cs, m, n, k);                                           \
-        }                                                                                                           \
-        TARGET static void inner(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,       \
-                                 int64_t n, int64_t k) {                                                            \
-            clk::inner<T, BYTES, false>(a, as, b, bs, c, cs, m, n, k);                                              \
-        }                                                                                                           \
-        TARGET static void inner_add(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,   \
-                                     int64_t n, int64_t k) {                                                        \
-            clk::inner<T, BYTES, true>(a, as, b, bs, c, cs, m, n, k);                                               \
-        }                                                                                                           \
-        TARGET static void combine(T* u, const T* product, T identity, T span, int64_t count) {                     \
-            combine_body(u, product, identity, span, count);                                                        \
-        }                                                                                                           \
-        TARGET static void subtract(T* out, const T* a, const T* b, int64_t count) { subtract_body(out, a, b, count); } \
-        static constexpr Operations<T> table{outer, outer_add, inner, inner_add, combine, subtract};                \
+#define CLK_OPERATIONS(NAME, TARGET, BYTES)                                                                        \
+    template <typename T>                                                                                          \
+    struct NAME {                                                                                                  \
+        TARGET static void outer(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs,     \
+                                 int64_t m, int64_t n, int64_t k) {                                                \
+            clk::outer<T, BYTES, false>(a, as, ak, b, bs, c, cs, m, n, k);                                         \
+        }                                                                                                          \
+        TARGET static void outer_add(const T* a, int64_t as, int64_t ak, const T* b, int64_t bs, T* c, int64_t cs, \
+                                     int64_t m, int64_t n, int64_t k) {                                            \
+            clk::outer<T, BYTES, true>(a, as, ak, b, bs, c, cs, m, n, k);                                          \
+        }                                                                                                          \
+        TARGET static void inner(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,      \
+                                 int64_t n, int64_t k) {                                                           \
+            clk::inner<T, BYTES, false>(a, as, b, bs, c, cs, m, n, k);                                             \
+        }                                                                                                          \
+        TARGET static void inner_add(const T* a, int64_t as, const T* b, int64_t bs, T* c, int64_t cs, int64_t m,  \
+                                     int64_t n, int64_t k) {                                                       \
+            clk::inner<T, BYTES, true>(a, as, b, bs, c, cs, m, n, k);                                              \
+        }                                                                                                          \
+        TARGET static void combine(T* u, const T* product, T identity, T span, int64_t count) {                    \
+            combine_body(u, product, identity, span, count);                                                       \
+        }                                                                                                          \
+        TARGET static void subtract(T* out, const T* a, const T* b, int64_t count) {                               \
+            subtract_body(out, a, b, count);                                                                       \
+        }                                                                                                          \
+        static constexpr Operations<T> table{outer, outer_add, inner, inner_add, combine, subtract};               \
     };
 CLK_OPERATIONS(BaseOperations, , 16)
 CLK_OPERATIONS(Avx2Operations, CLK_TARGET_AVX2, 32)
@@ -177,8 +179,8 @@ void left_span(const Operations<T>& o, const Job<T>& job, const T* x, T* out, T*
     const ProjectedParameter& p = *job.parameter;
     const ProjectionSide& side = p.left;
     const int64_t rows = p.rows, columns = p.columns;
-    o.outer_pieces(job.left, job.left_column, job.left_row, x, columns, inner, columns, side.rank, columns,
-                           rows, kDepth);
+    o.outer_pieces(job.left, job.left_column, job.left_row, x, columns, inner, columns, side.rank, columns, rows,
+                   kDepth);
     (add ? o.outer_add : o.outer)(job.left, job.left_row, job.left_column, inner, columns, out, columns, rows, columns,
                                   side.rank);
 }
@@ -189,8 +191,8 @@ void left_side(const Operations<T>& o, const Job<T>& job, const Scratch<T>& s) {
     const ProjectionSide& side = p.left;
     const int64_t rows = p.rows, columns = p.columns, count = rows * columns;
     if (side.form == SideForm::dense) {
-        o.outer_pieces(job.left, job.left_row, job.left_column, s.u, columns, s.product, columns, rows, columns,
-                               rows, kDepth);
+        o.outer_pieces(job.left, job.left_row, job.left_column, s.u, columns, s.product, columns, rows, columns, rows,
+                       kDepth);
         std::memcpy(s.u, s.product, sizeof(T) * count);
         return;
     }
@@ -540,7 +542,8 @@ void run(Plan<T>& plan, T* memory, int64_t each, int threads) {
 #pragma omp single
             for (int64_t i = packing; i < wave.packings; ++i) refer(plan, plan.packings[i], packed);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = block; i < wave.blocks; ++i) block_body(o, plan.jobs[plan.blocks[i].job], plan.blocks[i], s);
+            for (int64_t i = block; i < wave.blocks; ++i)
+                block_body(o, plan.jobs[plan.blocks[i].job], plan.blocks[i], s);
             packing = wave.packings;
             block = wave.blocks;
         }
