@@ -129,7 +129,7 @@ class LoRAStack(nn.Module):
             a = given[name].to(adapters.past_a) if name in given else self._random_a(adapters)
             b = adapters.past_b.new_zeros(a.shape[1], adapters.past_b.shape[1])
             adapters.start(
-                a.clone(),
+                a.clone(memory_format=torch.contiguous_format),  # as a state dict gives it back: the same last bits
                 b,
                 train_a=composition.trains == "ab",
                 train_gain=composition.normalized,
