@@ -384,6 +384,27 @@ def test_twelve_tasks_stay_orthonormal_up_to_the_last_column(backend):
     assert s.isfinite().all()
 
 
+def test_dropped_columns_are_constants_and_the_others_have_the_gradient_they_would_have_alone():
+    """A column inside the old span gets no gradient, from q, r or the coefficients, and changes none of the others'."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64, generator=generator)).Q
+    fresh = torch.randn(40, 3, dtype=torch.float64, generator=generator)
+    inside = basis @ torch.randn(6, 1, dtype=torch.float64, generator=generator)
+    weights = [torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in (40, 6, 4)]  # of q, S and r
+    kept = torch.tensor([0, 1, 3])
+
+    def gradient(a: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        a = a.clone().requires_grad_()
+        out = extend_basis(basis, a)
+        parts = (out.q, out.coefficients, out.r)
+        given = (weights[0][:, columns], weights[1][:, columns], weights[2][columns][:, columns])
+        return torch.autograd.grad(sum((x * w).sum() for x, w in zip(parts, given, strict=True)), a)[0]
+
+    whole = gradient(torch.cat((fresh[:, :2], inside, fresh[:, 2:]), dim=1), torch.arange(4))
+    assert torch.equal(whole[:, 2], torch.zeros(40, dtype=torch.float64))
+    torch.testing.assert_close(whole[:, kept], gradient(fresh, kept), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_columns_of_the_old_span_are_dropped_and_the_others_are_not(backend, dtype):
     p = torch.linalg.qr(torch.randn(40, 10, dtype=F64)).Q.to(dtype)
