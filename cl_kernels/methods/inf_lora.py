@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from cl_kernels.methods._lora import LoRAMethod, LoRAOptions
 from cl_kernels.methods._options import Options, number, require
+from cl_kernels.methods._subspaces import Report, side_report
 from cl_kernels.methods._task import Batches, Task
-from cl_kernels.ops import symmetric_eigh
+from cl_kernels.ops import Projector, symmetric_eigh
 from cl_kernels.subspace import CovarianceCollector, grow_basis
 
 __all__ = ["InfLoRA", "InfLoRAOptions"]
@@ -61,7 +62,7 @@ class InfLoRA(LoRAMethod):
     def __init__(self, backbone: nn.Module, options: Options) -> None:
         super().__init__(backbone, options)
         self.bases: dict[str, Tensor] = {}
-        self.captured: dict[str, float] = {}  # share of the last task's energy inside
+        self._report: Report = {}
 
     def _enforcement(self) -> Any:
         return None
@@ -88,10 +89,13 @@ class InfLoRA(LoRAMethod):
         if self.tasks[-1].last:
             return
         keep = min(self.options.threshold + self.options.increment * self.model.task, 1.0)
+        report: Report = {}  # a new one: a caller may have kept the last
         for name, gram in self._grams(task.batches()).items():  # the inference may have used up `loader`
             powered = gram if self.options.gram_power == 1 else gram @ gram / gram.trace()
-            grown = grow_basis(self.bases.get(name), (powered + powered.mT) / 2, keep)
-            self.bases[name], self.captured[name] = grown.basis, grown.captured
+            self.bases[name] = basis = grow_basis(self.bases.get(name), (powered + powered.mT) / 2, keep).basis
+            before = self._report.get(name, {}).get("right")
+            report[name] = {"right": side_report(Projector(basis), gram, before)}
+        self._report = report
 
     def _grams(self, batches: Batches) -> dict[str, Tensor]:
         """Sum of x x^T over the inputs of every adapted layer, by the layer's name."""
@@ -106,19 +110,14 @@ class InfLoRA(LoRAMethod):
         """q, k and v of one layer see the same inputs and start from the same directions."""
         return {layer.place(name, part): by_layer[name] for name, layer in self.model.layers() for part in layer.slices}
 
-    def subspace(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Dimension, protected directions, RMS gain and protected energy of every adapted layer's inputs."""
-        report = {}
-        for name, basis in self.bases.items():
-            size, rank = basis.shape
-            gain = math.sqrt((size - rank) / size)
-            report[name] = {"right": {"dim": size, "protected": rank, "gain": gain, "energy": self.captured[name]}}
-        return report
+    def subspace(self) -> Report:
+        """Of every adapted layer's inputs: dimension, protected directions, energy, and how many tasks still fit."""
+        return self._report
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {"bases": dict(self.bases), "captured": dict(self.captured)}
+        return super()._state() | {"bases": dict(self.bases), "report": self._report}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         super()._load_state(state)
         self.bases = {name: basis.to(self.device) for name, basis in state["bases"].items()}
-        self.captured = dict(state["captured"])
+        self._report = state["report"]
