@@ -174,6 +174,16 @@ def test_the_benchmark_tables_say_what_was_measured() -> None:
     assert f"{benchmarks.BEGIN}\n{benchmarks.block()}\n{benchmarks.END}" in README
 
 
+def test_the_methods_page_says_what_was_measured() -> None:
+    """Each table between its markers is the one that the kept results give."""
+    tables = load("scripts/methods_tables.py")
+    page = tables.PAGE.read_text(encoding="utf-8")
+    record = json.loads(tables.KEPT.read_text(encoding="utf-8"))
+    assert tables.filled(page, record) == page
+    record["runs"][0]["average_accuracy"] += 0.1
+    assert tables.filled(page, record) != page, "and the check can fail"
+
+
 def test_readme_table_refuses(tmp_path: Path) -> None:
     table = load("scripts/readme_table.py")
     with pytest.raises(SystemExit, match="quick"):

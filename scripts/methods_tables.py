@@ -1,0 +1,94 @@
+"""Write the tables of docs/methods.md from the results of examples/methods.toml: no number there is typed by hand.
+
+python scripts/methods_tables.py out/methods/results.json     keeps the numbers and rewrites the tables
+python scripts/methods_tables.py --check                      changes nothing, exits with 1 if they differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+KEPT = ROOT / "benchmarks" / "results" / "methods.json"
+FIELDS = ("method", "label", "title", "seed", "protocol", "accuracy_matrix", "average_accuracy", "forgetting", "config")
+TABLES = {
+    "projecting": (
+        "sequential (prompts)",
+        "adam-nscl, prompts",
+        "gpm, prompts",
+        "full",
+        "adam-nscl",
+        "gpm, nothing protected",
+        "gpm",
+        "nsp2",
+        "nsp2, refined heads",
+    ),
+    "lora": (
+        "sequential-lora",
+        "lorac, last model",
+        "lorac, image by image",
+        "lorac-ipc, last model",
+        "lorac-ipc, image by image",
+        "lorac-ipc, told its task",
+    ),
+}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample deviation, in percent or points."""
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def table(runs: list[dict[str, Any]], labels: tuple[str, ...]) -> str:
+    """One line for each stream and label that was run."""
+    lines = ["| stream | method | average accuracy (%) | forgetting (points) | seeds |", "|---|---|---:|---:|---:|"]
+    for title in dict.fromkeys(run["title"] for run in runs):
+        for label in labels:
+            mine = [run for run in runs if (run["title"], run["label"]) == (title, label)]
+            if mine:
+                accuracy, forgetting = (spread([r[key] for r in mine]) for key in ("average_accuracy", "forgetting"))
+                lines.append(f"| {title} | {label} | {accuracy} | {forgetting} | {len(mine)} |")
+    return "\n".join(lines)
+
+
+def filled(text: str, record: dict[str, Any]) -> str:
+    """`text` with every table written anew between its markers."""
+    for name, labels in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+        found = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if len(found.findall(text)) != 1:
+            raise SystemExit(f"{PAGE.name}: the markers of the table {name!r} are not there once")
+        fresh = begin + table(record["runs"], labels) + end
+        text = found.sub(lambda _, fresh=fresh: fresh, text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.results is not None:
+        record = json.loads(options.results.read_text(encoding="utf-8"))
+        record["runs"] = [{key: run[key] for key in FIELDS if key in run} for run in record["runs"]]
+        KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    fresh = filled(text, json.loads(KEPT.read_text(encoding="utf-8")))
+    if fresh == text:
+        return 0
+    if options.check:
+        sys.stdout.write("docs/methods.md does not say what the results say; run scripts/methods_tables.py\n")
+        return 1
+    PAGE.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
