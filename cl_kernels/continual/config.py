@@ -19,6 +19,10 @@ _NOT_OF_THE_RUN = frozenset(
 )
 """Fields that decide where and how often, never what: a checkpoint is not refused because of them."""
 
+_ADDED = {"teacher": None, "teacher_weights": None}
+"""Fields younger than the first checkpoints, with what those ran with: at that value they leave a fingerprint as it
+was."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -34,6 +38,8 @@ class RunConfig:
         tasks: of a class-incremental stream; for ``stream="domain"`` None or ``len(domains)``.
         backbone, weights: name or file of the pre-trained model, and the file of its weights.
         image_size: builds a timm model for another input size; None takes the model's own.
+        teacher, teacher_weights: the second backbone and its weights, named like the first, for a method that distils
+            (``backbone`` is the student); every task is then learned twice, by the teacher first.
         epochs, batch_size: per task.
         lr: None takes the method's own default.
         seed: class order, initialisation and data order.
@@ -64,6 +70,9 @@ class RunConfig:
         version                 1
         method, data, backbone, stream, seed, config{...}, fingerprint
         tasks[T]                {"name", "classes": [global class index], "class_names", "domain", "train", "test"}
+        teacher                 null, or {"backbone", "accuracy_matrix", "average_accuracy", "forgetting",
+                                "parameters", "bytes", "trainable"[T]}: the teacher after each task, and its size
+        student                 null, or {"parameters", "bytes"}: the size of the model that student.safetensors holds
         protocol                how a test image finds its model; numbers of different protocols may not be compared
         accuracy_matrix[T][T]   R[i][j]: accuracy on task j after task i, argmax over every class seen
         average_accuracy        mean of the last row
@@ -80,10 +89,11 @@ class RunConfig:
                                 "added", "tasks_left"}}}, {} where nothing is kept; energy: share of the statistic's
                                 trace that is protected; added: directions more than after the task before; tasks_left:
                                 how many tasks that add as many still fit, null where the last one added none
-        loss[T][epochs]         mean training loss
+        loss[T][epochs]         mean training loss; a method with phases has as many epochs in each
         parameters              {"trainable"[T], "total"}
         skipped_images          broken files left out
-        seconds                 {"data", "backbone", "train"[T], "end_task"[T], "evaluate"[T], "checkpoint", "total"}
+        seconds                 {"data", "backbone", "train"[T], "end_task"[T], "evaluate"[T], "checkpoint", "total"},
+                                with a teacher also "phases"[T][2], "latency": {"teacher", "student": {"one", "batch"}}
         environment             {"cl_kernels", "torch", "python", "platform", "device", "threads", "precision"}
 
     Two runs of one config on one machine give the same file but for ``seconds``, killed and resumed or not.
@@ -95,6 +105,8 @@ class RunConfig:
     backbone: str = "embedded"
     weights: str | None = None
     image_size: int | None = None
+    teacher: str | None = None
+    teacher_weights: str | None = None
     epochs: int = 10
     batch_size: int = 64
     lr: float | None = None
@@ -123,7 +135,11 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise TypeError(f"{name} must be a non-empty string, got {value!r}")
-        for name in ("weights", "out"):
+        if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
+            raise TypeError(f"teacher must be a non-empty string or None, got {self.teacher!r}")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise ValueError("teacher_weights needs a teacher, got none")
+        for name in ("weights", "teacher_weights", "out"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
                 raise TypeError(f"{name} must be a path or None, got {value!r}")
@@ -178,8 +194,9 @@ class RunConfig:
         return result
 
     def fingerprint(self, *parts: str) -> str:
-        """blake2b over the fields that decide the result and ``parts`` (digests of the data and of the backbone)."""
-        text = json.dumps([self.as_json(), *parts], sort_keys=True)
+        """blake2b over the fields that decide the result and ``parts`` (digests of the data and of the backbones)."""
+        said = {name: value for name, value in self.as_json().items() if name not in _ADDED or value != _ADDED[name]}
+        text = json.dumps([said, *parts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -69,6 +69,7 @@ class Feed:
         self._part = torch.repeat_interleave(torch.tensor([len(segment.rows) for segment in segments]))
         self.labels = pool.labels[rows].to(pool.device)
         self._values: Tensor | None = None
+        self._facts: tuple[Tensor, ...] = ()
         first = self._make(torch.zeros(1, dtype=torch.int64))
         if first.numel() * first.element_size() * len(rows) <= cache:
             self._values = torch.cat([self._make(part) for part in torch.arange(len(rows)).split(512)])
@@ -82,10 +83,27 @@ class Feed:
         values = self._make(positions) if self._values is None else self._values[on_device]
         return values, self.labels[on_device]
 
+    def facts(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """What `with_facts` computed of the images at `positions`."""
+        return tuple(fact[positions.to(fact.device, non_blocking=True)] for fact in self._facts)
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass in order."""
         for positions in torch.arange(len(self)).split(size):
             yield self.batch(positions)
+
+    @torch.no_grad()
+    def with_facts(self, facts: Callable[[Tensor], tuple[Tensor, ...]], size: int) -> Feed:
+        """The same feed with `facts(images)` of every image, computed now; itself where there are none."""
+        made = []
+        for images, _ in self.batches(size):
+            made.append(facts(images))
+            if not made[-1]:
+                return self
+        other = object.__new__(Feed)
+        other.__dict__.update(self.__dict__)
+        other._facts = tuple(torch.cat(parts) for parts in zip(*made, strict=True))
+        return other
 
     @torch.no_grad()
     def mapped(self, features: Callable[[Tensor], Tensor], size: int) -> Feed:

@@ -27,6 +27,7 @@ class Record:
     subspace: list[dict[str, Any]] = field(default_factory=list)
     trainable: list[int] = field(default_factory=list)
     train_seconds: list[float] = field(default_factory=list)
+    phase_seconds: list[list[float]] = field(default_factory=list)
     end_seconds: list[float] = field(default_factory=list)
     evaluate_seconds: list[float] = field(default_factory=list)
     protocol: str = ""

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,12 @@ class _Trainer:
             state.record.trainable.append(sum(p.numel() for _, p in method.trainable_parameters()))
             state.record.loss.append([])
             state.record.train_seconds.append(0.0)
-        while method.optimizer is not None and state.position.epoch < self.session.epochs:
-            self._epoch(feed)
+        phase, epochs = -1, self.session.epochs * len(method.phases)
+        while method.optimizer is not None and state.position.epoch < epochs:
+            if phase != state.position.epoch // self.session.epochs:
+                phase = state.position.epoch // self.session.epochs
+                phase_feed = self._begin_phase(phase, feed)
+            self._epoch(phase_feed)
         start = time.perf_counter()
         try:
             method.end_task(view, view.batches())
@@ -132,6 +136,29 @@ class _Trainer:
         state.position = Position(index + 1)
         self.keeper.save()
         self._heed_stop()
+
+    def _begin_phase(self, phase: int, feed: Feed) -> Feed:
+        """Enter a phase, unless a checkpoint stands inside it, and compute what the method needs of every image."""
+        start, record = time.perf_counter(), self.keeper.state.record
+        while len(record.phase_seconds) < len(record.train_seconds):  # a new task, or an older checkpoint
+            record.phase_seconds.append([0.0])
+        if self.method.phase != phase:
+            self.method.begin_phase(phase)
+            record.phase_seconds[-1].append(0.0)
+        if self.config.augment == "none" and not self.method.frozen:
+            with self._autocast():
+                feed = feed.with_facts(self.method.per_image, self.config.eval_batch_size)
+        self._spent(start)
+        return feed
+
+    def _spent(self, start: float) -> None:
+        seconds, record = time.perf_counter() - start, self.keeper.state.record
+        record.train_seconds[-1] += seconds
+        record.phase_seconds[-1][-1] += seconds
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        half = self.session.precision != torch.float32
+        return torch.autocast(self.session.device.type, self.session.precision) if half else nullcontext()
 
     def _epoch(self, feed: Feed) -> None:
         start, state = time.perf_counter(), self.keeper.state
@@ -148,7 +175,7 @@ class _Trainer:
                 self.keeper.check_losses()
             self.progress.advance(f"{self.config.method}: task {place.task + 1}, epoch {place.epoch + 1}")
             if place.step < len(batches) and (self.keeper.due() or self.stop.is_set()):
-                record.train_seconds[-1] += time.perf_counter() - start
+                self._spent(start)
                 self.keeper.save()
                 self._heed_stop()
                 start = time.perf_counter()
@@ -160,7 +187,7 @@ class _Trainer:
         if scheduler is not None:
             scheduler.step()
         state.losses, state.position = None, Position(place.task, place.epoch + 1)
-        record.train_seconds[-1] += time.perf_counter() - start
+        self._spent(start)
 
     def _step(self, feed: Feed, positions: Tensor, place: Position) -> Tensor:
         optimizer, scaler = self.method.optimizer, self.keeper.scaler
@@ -170,9 +197,8 @@ class _Trainer:
         if images.ndim == 4:
             images = augment(images, self.config.augment, self.config.seed, place.task, place.epoch, place.step)
         optimizer.zero_grad(set_to_none=True)
-        half = self.session.precision != torch.float32
-        with torch.autocast(self.session.device.type, self.session.precision) if half else nullcontext():
-            loss = self.method.loss((images, labels))
+        with self._autocast():
+            loss = self.method.loss((images, labels), *feed.facts(positions))
         if scaler is None:
             torch.autograd.backward(loss)
             optimizer.step()
@@ -219,5 +245,5 @@ class _Trainer:
         for index in range(len(tasks)):
             first = 0 if self.method.scope == "seen" else index
             images = sum(len(task.train) for task in tasks[first : index + 1])
-            total += -(-images // self.config.batch_size) * self.session.epochs
+            total += -(-images // self.config.batch_size) * self.session.epochs * len(self.method.phases)
         return total

@@ -31,6 +31,7 @@ class HeadMethod:
     options_type: ClassVar[type[Options]] = Options
     default_lr: ClassVar[float] = 1e-2
     default_weight_decay: ClassVar[float] = 5e-5
+    phases: tuple[str, ...] = ("train",)
     scope: str = "task"
     frozen: bool = False
 
@@ -43,6 +44,7 @@ class HeadMethod:
         self.tasks: list[TaskRecord] = []
         self.optimizer: Optimizer | None = None
         self.scheduler: LambdaLR | None = None
+        self.phase = 0
         self._current = -1  # number of the head that the current task trains
 
     # What a subclass says ------------------------------------------------------------------------------------------
@@ -119,7 +121,17 @@ class HeadMethod:
         self.optimizer = self.scheduler = None
         self._finish(task, loader)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def begin_phase(self, phase: int) -> None:
+        """Go on to phase `phase` of the task that is being trained."""
+        raise RuntimeError(
+            f"begin_phase: {self.name} has the phases {', '.join(self.phases)}, and none is number {phase}"
+        )
+
+    def per_image(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `loss` needs of each image and this phase's training does not change; empty where there is nothing."""
+        return ()
+
+    def loss(self, batch: Batch, *facts: Tensor) -> Tensor:
         """Mean cross-entropy over the task's own classes (all seen ones where `scope` is "seen"), logits / temperature,
         in float32 at least, plus the method's own term."""
         images, labels = batch

@@ -43,7 +43,7 @@ class ClassMean(HeadMethod):
     def _init_head(self, task: Task, new: bool) -> None:
         """Heads are set at the task's end."""
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, *facts: Tensor) -> Tensor:
         """Raises `RuntimeError`: this method has nothing to train."""
         raise RuntimeError("class-mean does not train; its optimizer is None after begin_task")
 

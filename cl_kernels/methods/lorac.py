@@ -102,14 +102,14 @@ class LoRACIPC(LoRAC):
         super()._start(task)
         self._steps = [0]
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, *facts: Tensor) -> Tensor:
         """As `LoRAC`; in the last steps of a task its backward pass measures importance."""
         epoch = 0 if self.scheduler is None else int(self.scheduler.last_epoch)
         while len(self._steps) <= epoch:
             self._steps.append(0)
         self._steps[epoch] += 1
         with self.model.record_importance() if self._near_the_end(epoch) else nullcontext():
-            return super().loss(batch)
+            return super().loss(batch, *facts)
 
     def _near_the_end(self, epoch: int) -> bool:
         """Whether no more than `window` steps are left, counted by the length of the first epoch."""
