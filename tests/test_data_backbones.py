@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cl_kernels import data
-from cl_kernels.data.backbones import embedded_weights
+from cl_kernels.data.backbones import EMBEDDED, embedded_weights
 from cl_kernels.errors import CheckpointError
 
 timm = pytest.importorskip("timm", reason="backbones are timm models")
@@ -45,6 +45,8 @@ def own_file(path: Path, shape: dict[str, object] | None = None, **metadata: str
 
 def test_embedded_backbone() -> None:
     model, preprocessing = data.load_backbone()
+    small, _ = data.load_backbone("embedded-small")
+    assert small.num_features < model.num_features
     assert embedded_weights().stat().st_size <= 8 << 20
     assert not model.training
     pixels = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
@@ -73,7 +75,8 @@ def test_the_model_card_matches_the_weights() -> None:
     import hashlib
 
     card = next(embedded_weights().parent.glob("*.md")).read_text()
-    assert hashlib.sha256(embedded_weights().read_bytes()).hexdigest() in card
+    for name in EMBEDDED:
+        assert hashlib.sha256(embedded_weights(name).read_bytes()).hexdigest() in card
 
 
 def test_own_file_carries_its_shape(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from cl_kernels.errors import CheckpointError
 
 __all__ = ["Backbone", "embedded_weights", "load_backbone"]
 
-EMBEDDED = "vit_omniglot.safetensors"
+EMBEDDED = {"embedded": "vit_omniglot.safetensors", "embedded-small": "vit_omniglot_small.safetensors"}
 _ARCHITECTURE: dict[str, type] = {
     "img_size": int,
     "patch_size": int,
@@ -41,9 +41,9 @@ class Backbone(NamedTuple):
     preprocessing: Preprocessing
 
 
-def embedded_weights() -> Path:
+def embedded_weights(name: str = "embedded") -> Path:
     """Where the weights that ship with the package lie; a model card lies beside them."""
-    return Path(str(files("cl_kernels.data") / "weights" / EMBEDDED))
+    return Path(str(files("cl_kernels.data") / "weights" / EMBEDDED[name]))
 
 
 def load_backbone(
@@ -54,8 +54,8 @@ def load_backbone(
 ) -> Backbone:
     """Build a vision transformer, load its weights, drop its head.
 
-    ``name``: ``embedded`` (ours, in the package), a ``.safetensors`` file written by ``examples/pretrain_backbone.py``
-    (its metadata says the shape), or any timm model name, for which ``weights`` names a safetensors file in timm's
+    ``name``: ``embedded`` or ``embedded-small`` (ours, in the package), a ``.safetensors`` file written by
+    ``examples/pretrain_backbone.py`` (its metadata says the shape), or any timm model name, for which ``weights`` names a safetensors file in timm's
     layout; ``weights="random"`` leaves timm's initialisation. ``image_size`` builds a timm model for another input size
     and resamples its position embedding. Nothing is downloaded.
 
@@ -63,10 +63,10 @@ def load_backbone(
     file, `CheckpointError` for a damaged file and for keys or shapes that do not fit; ``ImportError`` without timm.
     """
     text = os.fspath(name)
-    if text == "embedded" or text.endswith(".safetensors"):
+    if text in EMBEDDED or text.endswith(".safetensors"):
         if image_size is not None:
             raise ValueError(f"image_size applies to timm models, not to backbone {text!r}, which has its own")
-        return _own(embedded_weights() if text == "embedded" else Path(text), weights)
+        return _own(embedded_weights(text) if text in EMBEDDED else Path(text), weights)
     return _timm(text, weights, image_size)
 
 
@@ -91,7 +91,7 @@ def _own(path: Path, weights: str | os.PathLike[str] | None) -> Backbone:
 def _timm(name: str, weights: str | os.PathLike[str] | None, image_size: int | None) -> Backbone:
     timm = import_timm()
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, ["embedded", *timm.list_models()], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(name, [*EMBEDDED, *timm.list_models()], n=3, cutoff=0.4)
         raise ValueError(f"unknown backbone {name!r}; nearest: {', '.join(near) or 'embedded'}")
     if weights is None:
         raise ValueError(
