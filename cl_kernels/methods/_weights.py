@@ -1,7 +1,8 @@
-"""Methods that train the linear weights of the backbone itself."""
+"""Methods that train the weights of the backbone itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,19 +14,25 @@ from cl_kernels.methods._features import FrozenFeatures
 from cl_kernels.methods._options import Options, require
 from cl_kernels.optim import ProjectedAdamW
 
-__all__ = ["WeightMethod", "WeightOptions"]
+__all__ = ["LINEAR_TARGETS", "WeightMethod", "WeightOptions"]
+
+LINEAR_TARGETS = ("blocks", "attention", "mlp")
+"""What a projector of a layer's inputs can protect: a bias, norm or embedding passes by them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions(Options):
     """targets: "blocks" trains every linear weight inside the transformer blocks; "attention" and "mlp" a part of
-    them."""
+    them; "all" everything that makes the feature, with biases, norms and embeddings."""
 
+    allowed_targets: ClassVar[tuple[str, ...]] = (*LINEAR_TARGETS, "all")
     targets: str = "blocks"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("targets", self.targets in ("blocks", "attention", "mlp"), "blocks, attention or mlp", self.targets)
+        allowed = self.allowed_targets
+        wanted = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+        require("targets", self.targets in allowed, wanted, self.targets)
 
 
 class TrainedFeatures(FrozenFeatures):
@@ -36,7 +43,8 @@ class TrainedFeatures(FrozenFeatures):
 class WeightMethod(HeadMethod):
     """All weight matrices of the blocks' `nn.Linear` layers train through AdamW; biases, norms and embeddings stay.
 
-    Only the weights: a bias update would pass by the input subspace that the projected variants protect.
+    Only the weights by default: a bias update would pass by the input subspace that the projected variants protect.
+    `targets="all"` trains every parameter that the feature is made of, a classifier's left out.
     """
 
     options_type: ClassVar[type[Options]] = WeightOptions
@@ -46,16 +54,8 @@ class WeightMethod(HeadMethod):
 
     def __init__(self, backbone: nn.Module, options: Options) -> None:
         super().__init__(backbone, options)
-        part = {"blocks": "", "attention": ".attn.", "mlp": ".mlp."}[self.options.targets]
-        modules = dict(backbone.named_modules())
-        self._weights = [
-            (name, parameter)
-            for name, parameter in backbone.named_parameters()
-            if name.startswith("blocks.")
-            and part in name
-            and name.endswith(".weight")
-            and isinstance(modules[name.removesuffix(".weight")], nn.Linear)
-        ]
+        chosen = _everything if self.options.targets == "all" else _linears
+        self._weights = list(chosen(backbone, self.options.targets))
         if not self._weights:
             raise ValueError(f"backbone: no nn.Linear in `blocks` matches targets={self.options.targets!r}")
 
@@ -72,3 +72,26 @@ class WeightMethod(HeadMethod):
     def backbone(self) -> nn.Module:
         """The timm model whose weights train; its parameter names are the keys of the subspaces."""
         return self.model.get_submodule("backbone")
+
+
+def _linears(backbone: nn.Module, targets: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of the `nn.Linear` layers of the blocks that `targets` names."""
+    part = {"blocks": "", "attention": ".attn.", "mlp": ".mlp."}[targets]
+    modules = dict(backbone.named_modules())
+    for name, parameter in backbone.named_parameters():
+        if (
+            name.startswith("blocks.")
+            and part in name
+            and name.endswith(".weight")
+            and isinstance(modules[name.removesuffix(".weight")], nn.Linear)
+        ):
+            yield name, parameter
+
+
+def _everything(backbone: nn.Module, targets: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters but those of the classifier, which features do not pass."""
+    classifier = getattr(backbone, "get_classifier", nn.Identity)()
+    left_out = {id(parameter) for parameter in classifier.parameters()}
+    for name, parameter in backbone.named_parameters():
+        if id(parameter) not in left_out:
+            yield name, parameter

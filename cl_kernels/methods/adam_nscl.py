@@ -16,6 +16,7 @@ from cl_kernels.methods._memory import Accumulated, Cut, Memory
 from cl_kernels.methods._options import Options, number, require
 from cl_kernels.methods._projected import Collector, Projected, ProjectedPrompts, ProjectedWeights
 from cl_kernels.methods._subspaces import CutOptions, parse_rule
+from cl_kernels.methods._weights import LINEAR_TARGETS
 from cl_kernels.optim import ProjectedAdam
 from cl_kernels.subspace import CovarianceCollector
 
@@ -40,6 +41,7 @@ class AdamNSCLOptions(CutOptions, BodyOptions):
     * head_weight_decay: of the heads; `weight_decay` is the body's, added to the gradient.
     """
 
+    allowed_targets: ClassVar[tuple[str, ...]] = LINEAR_TARGETS
     base: str = "full"
     rule: str = "times:1000"
     floor: float = 1e-10

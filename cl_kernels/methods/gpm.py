@@ -17,6 +17,7 @@ from cl_kernels.methods._memory import Grown, Memory
 from cl_kernels.methods._options import Options, count, number, require
 from cl_kernels.methods._projected import Projected, ProjectedPrompts, ProjectedWeights
 from cl_kernels.methods._task import Batches
+from cl_kernels.methods._weights import LINEAR_TARGETS
 from cl_kernels.optim import ProjectedSGD
 
 __all__ = ["GPMOptions", "create_gpm", "subset"]
@@ -38,6 +39,7 @@ class GPMOptions(BodyOptions):
     * sides: of the prompts: "both", "left" or "right" alone.
     """
 
+    allowed_targets: ClassVar[tuple[str, ...]] = LINEAR_TARGETS
     base: str = "full"
     head_lr: float | None = 1e-2
     threshold: float = 0.9

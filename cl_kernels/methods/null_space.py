@@ -9,7 +9,7 @@ from cl_kernels.methods._memory import Accumulated, Cut, Memory
 from cl_kernels.methods._options import Options
 from cl_kernels.methods._projected import ProjectedWeights
 from cl_kernels.methods._subspaces import CutOptions, parse_rule
-from cl_kernels.methods._weights import WeightOptions
+from cl_kernels.methods._weights import LINEAR_TARGETS, WeightOptions
 
 __all__ = ["NullSpace", "NullSpaceOptions"]
 
@@ -23,6 +23,7 @@ class NullSpaceOptions(CutOptions, WeightOptions):
     * normalize: "fro" is what Adam-NSCL does; it shrinks the step by 1 / sqrt(free directions).
     """
 
+    allowed_targets: ClassVar[tuple[str, ...]] = LINEAR_TARGETS
     rule: str = "energy:0.95"
     eta: float = 1.0
     normalize: str = "none"
