@@ -31,7 +31,7 @@ def register(app: "typer.Typer") -> None:
         tasks: Annotated[int | None, Option(help="Tasks the classes are dealt into [5]")] = None,
         stream: Annotated[str | None, text("New classes, or the same in new domains [class]", "class|domain")] = None,
         domains: Annotated[str | None, text("Transforms of the domains: identity,invert,rotate90", "A,B,...")] = None,
-        backbone: Annotated[str | None, text("embedded(-small), a timm ViT, a .safetensors [embedded]", "NAME|FILE")] = None,
+        backbone: Annotated[str | None, text("embedded(-small), timm ViT, .safetensors [embedded]", "NAME|FILE")] = None,
         weights: Annotated[str | None, text("Local weights for --backbone; nothing is downloaded", "FILE")] = None,
         image_size: Annotated[int | None, Option(help="Resolution of a timm backbone [its own]")] = None,
         teacher: Annotated[str | None, text("Backbone that teaches --backbone (kdp)", "NAME|FILE")] = None,
@@ -63,7 +63,8 @@ def register(app: "typer.Typer") -> None:
         given: dict[str, Any] = {
             "method": method, "data": data, "tasks": tasks, "stream": stream, "backbone": backbone, "weights": weights,
             "domains": None if domains is None else tuple(d.strip() for d in domains.split(",") if d.strip()),
-            "image_size": image_size, "teacher": teacher, "teacher_weights": teacher_weights, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+            "image_size": image_size, "teacher": teacher, "teacher_weights": teacher_weights,
+            "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
             "class_seed": class_seed,
             "device": device, "precision": precision, "augment": augment, "eval_batch_size": eval_batch_size,
             "statistics_batch": statistics_batch, "threads": threads, "out": out, "resume": resume,

@@ -55,9 +55,9 @@ def load_backbone(
     """Build a vision transformer, load its weights, drop its head.
 
     ``name``: ``embedded`` or ``embedded-small`` (ours, in the package), a ``.safetensors`` file written by
-    ``examples/pretrain_backbone.py`` (its metadata says the shape), or any timm model name, for which ``weights`` names a safetensors file in timm's
-    layout; ``weights="random"`` leaves timm's initialisation. ``image_size`` builds a timm model for another input size
-    and resamples its position embedding. Nothing is downloaded.
+    ``examples/pretrain_backbone.py`` (its metadata says the shape), or any timm model name, for which ``weights`` names
+    a safetensors file in timm's layout; ``weights="random"`` leaves timm's initialisation. ``image_size`` builds a timm
+    model for another input size and resamples its position embedding. Nothing is downloaded.
 
     Raises ``ValueError`` for an unknown name (nearest offered) or missing weights, ``FileNotFoundError`` for a missing
     file, `CheckpointError` for a damaged file and for keys or shapes that do not fit; ``ImportError`` without timm.
