@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_kernels.continual.seeds import derive
 
-__all__ = ["Feed", "Pool", "augment"]
+__all__ = ["Feed", "Pool", "augment", "held_out"]
 
 DEVICE_SHARE = 0.25  # of the free device memory that the uint8 images may take
 
@@ -92,6 +92,16 @@ class Feed:
         for positions in torch.arange(len(self)).split(size):
             yield self.batch(positions)
 
+    def subset(self, positions: Tensor) -> Feed:
+        """The images at `positions` (int64, on the CPU) alone, in that order."""
+        other = object.__new__(Feed)
+        other.__dict__.update(self.__dict__)
+        on_device = positions.to(self.labels.device)
+        other._rows, other._part, other.labels = self._rows[positions], self._part[positions], self.labels[on_device]
+        other._values = None if self._values is None else self._values[on_device]
+        other._facts = tuple(fact[positions.to(fact.device)] for fact in self._facts)
+        return other
+
     @torch.no_grad()
     def with_facts(self, facts: Callable[[Tensor], tuple[Tensor, ...]], size: int) -> Feed:
         """The same feed with `facts(images)` of every image, computed now; itself where there are none."""
@@ -147,3 +157,14 @@ def augment(images: Tensor, kind: str, seed: int, *place: int) -> Tensor:
     columns = left[:, None] + torch.arange(width, device=images.device)
     index = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def held_out(labels: Tensor, share: float, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of `share` of each class's images, at least one of two or more, in the order of the permutation
+    `order`; and all other positions, ascending. int64 on the CPU, as `labels` are."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    shuffled = labels[order]
+    for label in labels.unique():
+        mine = order[shuffled == label]
+        held[mine[: max(round(share * len(mine)), 1) if len(mine) > 1 else 0]] = True
+    return order[held[order]], (~held).nonzero().flatten()

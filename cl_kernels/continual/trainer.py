@@ -21,7 +21,7 @@ from cl_kernels.continual.claim import CHECKPOINT, claimed
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import pick_device
 from cl_kernels.continual.evaluate import evaluate, feature_drift
-from cl_kernels.continual.feed import Feed, augment
+from cl_kernels.continual.feed import Feed, augment, held_out
 from cl_kernels.continual.keeper import Keeper, Position
 from cl_kernels.continual.log import Log, Progress
 from cl_kernels.continual.record import results
@@ -46,9 +46,14 @@ class _View:
     last: bool
     feed: Feed
     batch_size: int
+    held: Feed | None = None  # in random order
+    held_batch_size: int = 1
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.feed.batches(self.batch_size)
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(()) if self.held is None else self.held.batches(self.held_batch_size)
 
 
 def run(
@@ -108,11 +113,17 @@ class _Trainer:
 
     def _task(self, index: int) -> None:
         task, config, method, state = self.session.tasks[index], self.config, self.method, self.keeper.state
-        feed = self.session.training(index)
+        feed, held = self.session.training(index), None
+        if method.held_out:
+            held, feed = (feed.subset(part) for part in self._parted(feed.labels.cpu(), index))
         if method.frozen and config.augment == "none":
             feed = feed.mapped(method.features, config.eval_batch_size)
-        view = _View(index, task.classes, self.session.epochs, task.last, feed, config.statistics_batch)
-        if not state.open:
+        view = _View(
+            index, task.classes, self.session.epochs, task.last, feed, config.statistics_batch, held, config.batch_size
+        )
+        if state.open:
+            method.resume_task(view)
+        else:
             method.begin_task(view)
             state.open = True
             state.record.trainable.append(sum(p.numel() for _, p in method.trainable_parameters()))
@@ -136,6 +147,11 @@ class _Trainer:
         state.position = Position(index + 1)
         self.keeper.save()
         self._heed_stop()
+
+    def _parted(self, labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Positions that task `index` holds out of training, in random order, and those that it trains on."""
+        order = seeds.permutation(len(labels), self.config.seed, "held out", index)
+        return held_out(labels, self.method.held_out, order)
 
     def _begin_phase(self, phase: int, feed: Feed) -> Feed:
         """Enter a phase, unless a checkpoint stands inside it, and compute what the method needs of every image."""
@@ -245,5 +261,7 @@ class _Trainer:
         for index in range(len(tasks)):
             first = 0 if self.method.scope == "seen" else index
             images = sum(len(task.train) for task in tasks[first : index + 1])
+            if self.method.held_out:
+                images = len(self._parted(self.session.train.labels[tasks[index].train], index)[1])
             total += -(-images // self.config.batch_size) * self.session.epochs * len(self.method.phases)
         return total

@@ -32,6 +32,7 @@ class HeadMethod:
     default_lr: ClassVar[float] = 1e-2
     default_weight_decay: ClassVar[float] = 5e-5
     phases: tuple[str, ...] = ("train",)
+    held_out: float = 0.0
     scope: str = "task"
     frozen: bool = False
 
@@ -115,6 +116,9 @@ class HeadMethod:
         self._start(task)
         self._init_head(task, new)
         self._make_optimizer()
+
+    def resume_task(self, task: Task) -> None:
+        """Look at a task again whose state `load_state_dict` has brought back; called in place of `begin_task`."""
 
     def end_task(self, task: Task, loader: Batches) -> None:
         """Remember what later tasks need, and drop the optimizer."""

@@ -40,6 +40,10 @@ class Task(Protocol):
     def batches(self) -> Batches:
         """A fresh pass over the images it will be trained on, in order and without augmentation."""
 
+    def held_out(self) -> Batches:
+        """A fresh pass over the images kept from training, the same batches every time, each of all classes; only a
+        method whose `held_out` is not 0 looks at them."""
+
 
 @dataclass(frozen=True)
 class TaskRecord:
