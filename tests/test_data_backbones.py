@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cl_kernels import data
+from cl_kernels.data.architectures import architecture_of, build_backbone
 from cl_kernels.data.backbones import EMBEDDED, embedded_weights
 from cl_kernels.errors import CheckpointError
 
@@ -250,3 +251,26 @@ def test_pretraining_is_seeded_and_resumes_exactly(
     assert torch.equal(model.blocks[0].mlp.fc1.weight, whole["blocks.0.mlp.fc1.weight"])
     with pytest.raises(SystemExit, match="another command"):
         script.main(arguments(tmp_path, "half.safetensors", "--seed=1"))
+
+
+@pytest.mark.parametrize("name", ["embedded-small", "vit_tiny_patch16_224"])
+def test_a_described_backbone_is_built_again(name: str) -> None:
+    model, _ = data.load_backbone(name, weights=None if name.startswith("embedded") else "random")
+    description = json.loads(json.dumps(architecture_of(name, model)))
+    again = build_backbone(description)
+    again.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, description["img_size"], description["img_size"])
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), model(images))
+
+
+def test_what_no_description_fits_is_refused() -> None:
+    model, _ = data.load_backbone("embedded-small")
+    with pytest.raises(ValueError, match="not what its name"):
+        architecture_of("vit_tiny_patch16_224", model)
+    with pytest.raises(ValueError, match="describe"):
+        architecture_of("mine", torch.nn.Linear(2, 2))
+    shape = architecture_of("embedded-small", model)
+    for wrong in ({**shape, "depth": True}, {**shape, "depth": 10**6}, {"timm": "os.system", "img_size": 3}, {}):
+        with pytest.raises(ValueError, match="architecture"):
+            build_backbone(wrong)

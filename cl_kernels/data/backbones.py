@@ -15,23 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cl_kernels._timm import import_timm
+from cl_kernels.data.architectures import build_backbone, checked_fields
 from cl_kernels.data.preprocess import Preprocessing
 from cl_kernels.errors import CheckpointError
 
 __all__ = ["Backbone", "embedded_weights", "load_backbone"]
 
 EMBEDDED = {"embedded": "vit_omniglot.safetensors", "embedded-small": "vit_omniglot_small.safetensors"}
-_ARCHITECTURE: dict[str, type] = {
-    "img_size": int,
-    "patch_size": int,
-    "in_chans": int,
-    "embed_dim": int,
-    "depth": int,
-    "num_heads": int,
-    "global_pool": str,
-    "class_token": bool,
-}
-_LIMITS = {"img_size": 1024, "patch_size": 256, "in_chans": 16, "embed_dim": 4096, "depth": 128, "num_heads": 128}
 
 
 class Backbone(NamedTuple):
@@ -75,13 +65,10 @@ def _own(path: Path, weights: str | os.PathLike[str] | None) -> Backbone:
     path = path if weights is None else Path(weights)
     tensors, metadata = _read(path)
     shape = _architecture(path, metadata)
-    import_timm()
-    from timm.models.vision_transformer import VisionTransformer
-
     try:
-        model = VisionTransformer(**shape, num_classes=0)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its architecture {shape} cannot be built ({error})") from error
+        model = build_backbone(shape)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     _fill(model, tensors, path)
     channels = int(shape["in_chans"])
     mean, std = (_per_channel(path, metadata, field, channels) for field in ("mean", "std"))
@@ -152,15 +139,10 @@ def _architecture(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} does not say its architecture; give a timm name as backbone and this as weights"
         ) from error
-    if not isinstance(shape, dict) or set(shape) != set(_ARCHITECTURE):
-        raise CheckpointError(f"{path}: architecture must have the fields {', '.join(_ARCHITECTURE)}, got {shape}")
-    for field, kind in _ARCHITECTURE.items():
-        value: Any = shape[field]
-        high = _LIMITS.get(field)
-        fits = type(value).__name__ == kind.__name__  # exact, as True is an int too
-        if not fits or (high is not None and not 1 <= value <= high):
-            raise CheckpointError(f"{path}: architecture field {field!r} is {value!r}")
-    return shape
+    try:
+        return checked_fields(shape)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _per_channel(path: Path, metadata: Mapping[str, str], field: str, channels: int) -> tuple[float, ...]:
