@@ -15,7 +15,16 @@ from torch import Tensor, nn
 FUSED_HEAD_DIM = 256  # the widest head of torch's flash attention; its memory-efficient one has no limit
 PIECE_BYTES = 16 << 20  # of queries that are widened at a time
 
-__all__ = ["attend", "attend_with_mass", "check_block", "effective_key_weight", "finish", "head_dim", "project"]
+__all__ = [
+    "attend",
+    "attend_with_mass",
+    "check_block",
+    "effective_key_weight",
+    "finish",
+    "head_dim",
+    "project",
+    "project_some",
+]
 
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
@@ -73,6 +82,22 @@ def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         parts = (attention.q_proj(tokens), attention.k_proj(tokens), attention.v_proj(tokens))
         q, k, v = (part.reshape(shape).squeeze(2).transpose(1, 2) for part in parts)
+    return _norm(attention, "q_norm", q), _norm(attention, "k_norm", k), v
+
+
+def project_some(attention: Any, read: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the rows `read` [B, R, D], keys and values of all `tokens` [B, N, D], otherwise as `project`."""
+    heads, width = int(attention.num_heads), head_dim(attention)
+    fused = getattr(attention, "qkv", None)
+    if fused is None:
+        parts = (attention.q_proj(read), attention.k_proj(tokens), attention.v_proj(tokens))
+        q, k, v = (part.unflatten(-1, (heads, width)).transpose(1, 2) for part in parts)
+    else:
+        inner = heads * width
+        of_q, of_kv = (None, None) if fused.bias is None else (fused.bias[:inner], fused.bias[inner:])
+        q = F.linear(read, fused.weight[:inner], of_q).unflatten(-1, (heads, width)).transpose(1, 2)
+        both = F.linear(tokens, fused.weight[inner:], of_kv).unflatten(-1, (2, heads, width))
+        k, v = both.permute(2, 0, 3, 1, 4).unbind(0)
     return _norm(attention, "q_norm", q), _norm(attention, "k_norm", k), v
 
 
