@@ -89,6 +89,10 @@ class RunConfig:
                                 "added", "tasks_left"}}}, {} where nothing is kept; energy: share of the statistic's
                                 trace that is protected; added: directions more than after the task before; tasks_left:
                                 how many tasks that add as many still fit, null where the last one added none
+        anchoring[T]            after each task {parameter: {"distance", "relative", ...}}, {} for methods without
+                                anchors; distance: L2 norm of weight - anchor, relative: by that of the anchor;
+                                radius: what rows (or the tensor) are held within; projected: share of rows held in
+                                the last step; fire_rate: share of the task's steps in which the rule acted
         loss[T][epochs]         mean training loss; a method with phases has as many epochs in each
         parameters              {"trainable"[T], "total"}
         skipped_images          broken files left out

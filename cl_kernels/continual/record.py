@@ -26,6 +26,7 @@ class Record:
     loss: list[list[float]] = field(default_factory=list)
     subspace: list[dict[str, Any]] = field(default_factory=list)
     trainable: list[int] = field(default_factory=list)
+    anchoring: list[dict[str, dict[str, float]]] = field(default_factory=list)
     train_seconds: list[float] = field(default_factory=list)
     phase_seconds: list[list[float]] = field(default_factory=list)
     end_seconds: list[float] = field(default_factory=list)
@@ -84,6 +85,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
         "skipped_images": session.skipped,
         "seconds": {
             **session.seconds,
+        "anchoring": record.anchoring,
             "train": record.train_seconds,
             "end_task": record.end_seconds,
             "evaluate": record.evaluate_seconds,

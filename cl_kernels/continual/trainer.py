@@ -150,6 +150,7 @@ class _Trainer:
 
     def _parted(self, labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Positions that task `index` holds out of training, in random order, and those that it trains on."""
+        state.record.anchoring.append(method.anchoring())
         order = seeds.permutation(len(labels), self.config.seed, "held out", index)
         return held_out(labels, self.method.held_out, order)
 

@@ -185,6 +185,11 @@ class HeadMethod:
         """Go on from `state`. Raises `ValueError` when parameters are missing, unknown or of another shape."""
         self.heads = Heads(self.heads.dim, self.options.head, self.options.head_scale)
         self.tasks = [TaskRecord.from_dict(values) for values in state["tasks"]]
+    def anchoring(self) -> dict[str, dict[str, float]]:
+        """How far each weight of the body went from its anchor in the last task and what held it, for results.json;
+        empty for a method without anchors."""
+        return {}
+
         for record in self.tasks:
             self._current, _ = self.heads.extend(record.classes, self._like)
         mine, saved = dict(self._saved_parameters()), state["parameters"]
