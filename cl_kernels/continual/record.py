@@ -9,6 +9,7 @@ from cl_kernels.continual import metrics
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import environment
 from cl_kernels.continual.session import Session
+from cl_kernels.methods import Method
 
 __all__ = ["Record", "results"]
 
@@ -25,12 +26,15 @@ class Record:
     cosine: list[list[float]] = field(default_factory=list)
     loss: list[list[float]] = field(default_factory=list)
     subspace: list[dict[str, Any]] = field(default_factory=list)
-    trainable: list[int] = field(default_factory=list)
     anchoring: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    trainable: list[int] = field(default_factory=list)
     train_seconds: list[float] = field(default_factory=list)
     phase_seconds: list[list[float]] = field(default_factory=list)
     end_seconds: list[float] = field(default_factory=list)
     evaluate_seconds: list[float] = field(default_factory=list)
+    teacher_accuracy: list[list[float]] = field(default_factory=list)
+    teacher_trainable: list[int] = field(default_factory=list)
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
     protocol: str = ""
     checkpoint_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -64,6 +68,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
             }
             for task in tasks
         ],
+        **_teacher_and_student(record, session),
         "protocol": record.protocol,
         "accuracy_matrix": _square(record.accuracy),
         "average_accuracy": metrics.average_accuracy(record.accuracy),
@@ -80,20 +85,46 @@ def results(record: Record, session: Session) -> dict[str, Any]:
             "final_cosine": metrics.last_row_mean(record.cosine),
         },
         "subspace": record.subspace,
+        "anchoring": record.anchoring,
         "loss": record.loss,
         "parameters": {"trainable": record.trainable, "total": session.parameters},
         "skipped_images": session.skipped,
         "seconds": {
             **session.seconds,
-        "anchoring": record.anchoring,
             "train": record.train_seconds,
             "end_task": record.end_seconds,
             "evaluate": record.evaluate_seconds,
+            **({"phases": record.phase_seconds, "latency": record.latency} if session.config.teacher else {}),
             "checkpoint": record.checkpoint_seconds,
             "total": record.total_seconds,
         },
         "environment": environment(session.device, session.precision),
     }
+
+
+def _teacher_and_student(record: Record, session: Session) -> dict[str, Any]:
+    method = session.method
+    teacher = method.teacher
+    if teacher is None:
+        return {"teacher": None, "student": None}
+    return {
+        "teacher": {
+            "backbone": session.config.teacher,
+            "accuracy_matrix": _square(record.teacher_accuracy),
+            "average_accuracy": metrics.average_accuracy(record.teacher_accuracy),
+            "forgetting": metrics.forgetting(record.teacher_accuracy),
+            **_size(teacher),
+            "trainable": record.teacher_trainable,
+        },
+        "student": _size(method),
+    }
+
+
+def _size(method: Method) -> dict[str, int]:
+    """What must be kept to predict: the backbone, and what was trained, with its buffers."""
+    held = {id(value): value for part in method.modules() for value in (*part.parameters(), *part.buffers())}
+    count = sum(value.numel() for value in held.values())
+    return {"parameters": count, "bytes": sum(value.numel() * value.element_size() for value in held.values())}
 
 
 def _task_incremental(record: Record, config: RunConfig) -> dict[str, Any] | None:

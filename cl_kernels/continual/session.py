@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from cl_kernels.continual import stream, transforms
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import pick_device, pick_precision
 from cl_kernels.continual.feed import Feed, Pool, Segment
+from cl_kernels.data.preprocess import translated
 from cl_kernels.ops._registry import backend
 
 __all__ = ["Session", "open_session"]
@@ -36,7 +36,7 @@ class Session:
     class_names: list[str]
     skipped: int
     method: methods.Method
-    preprocess: Callable[[Tensor], Tensor]
+    preprocess: image_data.Preprocessing
     train: Pool
     test: Pool
     fingerprint: str
@@ -85,8 +85,9 @@ def open_session(
     train = Pool(data.train, torch.cat([task.train for task in tasks]).unique(), device)
     test = Pool(data.test, torch.cat([task.test for task in tasks]).unique(), device)
     seconds["data"] = time.perf_counter() - start
-    weights = _digest_model(model)
+    digests = [_digest_data(data, tasks), _digest_model(model)]
     method = methods.create(config.method, model.to(device), **options)
+    _teach(config, method, preprocess, digests, device)
     return Session(
         config=config,
         device=device,
@@ -99,10 +100,23 @@ def open_session(
         preprocess=preprocess,
         train=train,
         test=test,
-        fingerprint=config.fingerprint(_digest_data(data, tasks), weights),
+        fingerprint=config.fingerprint(*digests),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         seconds=seconds,
     )
+
+
+def _teach(
+    config: RunConfig, method: methods.Method, preprocess: Any, digests: list[str], device: torch.device
+) -> None:
+    """Give `method` the teacher that `config` names, and add the digest of its weights."""
+    if config.teacher is None:
+        if method.needs_teacher:
+            raise ValueError(f"teacher: {config.method} needs one: a backbone larger than {config.backbone!r}")
+        return
+    model, wanted = image_data.load_backbone(config.teacher, config.teacher_weights)
+    digests.append(_digest_model(model))
+    method.set_teacher(model.to(device), lambda images: translated(images, preprocess, wanted))
 
 
 def _tasks(config: RunConfig, data: Any) -> list[stream.Task]:

@@ -19,15 +19,18 @@ from cl_kernels import data as image_data
 from cl_kernels.continual import checkpoint, seeds
 from cl_kernels.continual.claim import CHECKPOINT, claimed
 from cl_kernels.continual.config import RunConfig
+from cl_kernels.continual.deployed import save_model
 from cl_kernels.continual.environment import pick_device
 from cl_kernels.continual.evaluate import evaluate, feature_drift
 from cl_kernels.continual.feed import Feed, augment, held_out
 from cl_kernels.continual.keeper import Keeper, Position
+from cl_kernels.continual.latency import latency
 from cl_kernels.continual.log import Log, Progress
 from cl_kernels.continual.record import results
 from cl_kernels.continual.session import Session, open_session
 from cl_kernels.continual.stopping import RunStopped, on_sigterm
 from cl_kernels.errors import NonFiniteError
+from cl_kernels.methods import Method
 
 __all__ = ["RunStopped", "run"]
 
@@ -102,6 +105,8 @@ class _Trainer:
         with Progress(self.config.method, self._total_steps(), state.steps) as self.progress:
             for index in range(state.position.task, len(self.session.tasks)):
                 self._task(index)
+        if self.method.teacher is not None:
+            self._deploy(self.method.teacher)
         self.keeper.lap()
         found = results(state.record, self.session)
         if self.out is not None:
@@ -126,7 +131,9 @@ class _Trainer:
         else:
             method.begin_task(view)
             state.open = True
-            state.record.trainable.append(sum(p.numel() for _, p in method.trainable_parameters()))
+            state.record.trainable.append(_count(method))
+            if method.teacher is not None:
+                state.record.teacher_trainable.append(_count(method.teacher))
             state.record.loss.append([])
             state.record.train_seconds.append(0.0)
         phase, epochs = -1, self.session.epochs * len(method.phases)
@@ -143,14 +150,27 @@ class _Trainer:
         state.open = False
         state.record.end_seconds.append(time.perf_counter() - start)
         state.record.subspace.append(method.subspace())
+        state.record.anchoring.append(method.anchoring())
         self._evaluate(index)
         state.position = Position(index + 1)
         self.keeper.save()
         self._heed_stop()
 
+    @torch.no_grad()
+    def _deploy(self, teacher: Method) -> None:
+        """Write the student as one file, and measure both models on the first test images."""
+        config, record = self.config, self.keeper.state.record
+        images, _ = self._test(0).batch(torch.arange(min(len(self._test(0)), config.eval_batch_size)))
+        for name, model in (("teacher", teacher), ("student", self.method)):
+            record.latency[name] = latency(model.predict, images)
+        if self.out is not None:
+            save_model(
+                self.out / "student.safetensors", self.method, name=config.method, options=config.options,
+                backbone=config.backbone, preprocess=self.session.preprocess, class_names=self.session.class_names,
+            )  # fmt: skip
+
     def _parted(self, labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Positions that task `index` holds out of training, in random order, and those that it trains on."""
-        state.record.anchoring.append(method.anchoring())
         order = seeds.permutation(len(labels), self.config.seed, "held out", index)
         return held_out(labels, self.method.held_out, order)
 
@@ -236,6 +256,11 @@ class _Trainer:
             for name, value in zip(rows, (score.accuracy, score.task_accuracy, relative, cosine), strict=True):
                 rows[name].append(value)
         self.method.assume_task(None)
+        teacher = self.method.teacher
+        if teacher is not None:
+            seen = [(self._test(old), self.session.tasks[old].classes) for old in range(index + 1)]
+            scores = [evaluate(teacher, feed, classes, self.config.eval_batch_size).accuracy for feed, classes in seen]
+            state.record.teacher_accuracy.append(scores)
         state.record.protocol = self.method.protocol
         for name, row in rows.items():
             getattr(state.record, name).append(row)
@@ -266,3 +291,7 @@ class _Trainer:
                 images = len(self._parted(self.session.train.labels[tasks[index].train], index)[1])
             total += -(-images // self.config.batch_size) * self.session.epochs * len(self.method.phases)
         return total
+
+
+def _count(method: Method) -> int:
+    return sum(parameter.numel() for _, parameter in method.trainable_parameters())

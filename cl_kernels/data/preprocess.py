@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Preprocessing", "convert_channels", "cover", "normalise"]
+__all__ = ["Preprocessing", "convert_channels", "cover", "normalise", "translated"]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
 
@@ -57,6 +57,21 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     shape = (1, -1, 1, 1)
     means = torch.tensor(mean, dtype=images.dtype, device=images.device).view(shape)
     return (images - means) / torch.tensor(std, dtype=images.dtype, device=images.device).view(shape)
+
+
+def translated(images: Tensor, given: Preprocessing, wanted: Preprocessing) -> Tensor:
+    """Images [N, C, H, W] prepared for one backbone, as another wants them.
+
+    Undoes the normalisation, scales (antialiased when shrinking), converts grey and RGB, normalises; the images
+    themselves where both want the same. Details below the first backbone's resolution are gone.
+    """
+    if given == wanted:
+        return images
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(given.mean, dtype=images.dtype, device=images.device).view(shape)
+    std = torch.tensor(given.std, dtype=images.dtype, device=images.device).view(shape)
+    pixels = cover(images * std + mean, wanted.size, interpolation=wanted.interpolation)
+    return normalise(convert_channels(pixels.clamp(0, 1), wanted.channels), wanted.mean, wanted.std)
 
 
 @dataclass(frozen=True)

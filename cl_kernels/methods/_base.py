@@ -33,6 +33,7 @@ class HeadMethod:
     default_weight_decay: ClassVar[float] = 5e-5
     phases: tuple[str, ...] = ("train",)
     held_out: float = 0.0
+    needs_teacher: bool = False
     scope: str = "task"
     frozen: bool = False
 
@@ -46,6 +47,7 @@ class HeadMethod:
         self.optimizer: Optimizer | None = None
         self.scheduler: LambdaLR | None = None
         self.phase = 0
+        self.teacher: HeadMethod | None = None
         self._current = -1  # number of the head that the current task trains
 
     # What a subclass says ------------------------------------------------------------------------------------------
@@ -95,6 +97,15 @@ class HeadMethod:
         return self.heads.classes
 
     @property
+    def backbone(self) -> nn.Module:
+        """The timm model inside."""
+        return self.model.get_submodule("backbone")
+
+    def modules(self) -> list[nn.Module]:
+        """All that predicts."""
+        return [self.model, self.heads]
+
+    @property
     def device(self) -> torch.device:
         return self._like.device
 
@@ -102,6 +113,10 @@ class HeadMethod:
     def protocol(self) -> str:
         """How a test image finds its model; numbers of different protocols may not be compared."""
         return "one model for every image"
+
+    def set_teacher(self, backbone: nn.Module, adapt: Callable[[Tensor], Tensor]) -> None:
+        """Take over the backbone of a teacher; `adapt` turns this method's images into the teacher's."""
+        raise ValueError(f"teacher: {self.name} learns from no teacher")
 
     def assume_task(self, task: int | None) -> None:
         """Tell which task the next test images are from; only a protocol that says so listens."""
@@ -170,6 +185,11 @@ class HeadMethod:
         """What is protected from the next task's updates, for results.json; empty where nothing is."""
         return {}
 
+    def anchoring(self) -> dict[str, dict[str, float]]:
+        """How far each weight of the body went from its anchor in the last task and what held it, for results.json;
+        empty for a method without anchors."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a new method of the same name, options and backbone needs to go on exactly from here."""
         return {
@@ -180,16 +200,15 @@ class HeadMethod:
             "own": self._state(),
         }
 
+    def inference_state(self) -> dict[str, Any]:
+        """The part of `state_dict` that prediction needs, with which `load_state_dict` makes a model that predicts."""
+        return self.state_dict() | {"optimizer": None, "scheduler": None}
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Raises `ValueError` when parameters are missing, unknown or of another shape."""
         self.heads = Heads(self.heads.dim, self.options.head, self.options.head_scale)
         self.tasks = [TaskRecord.from_dict(values) for values in state["tasks"]]
-    def anchoring(self) -> dict[str, dict[str, float]]:
-        """How far each weight of the body went from its anchor in the last task and what held it, for results.json;
-        empty for a method without anchors."""
-        return {}
-
         for record in self.tasks:
             self._current, _ = self.heads.extend(record.classes, self._like)
         mine, saved = dict(self._saved_parameters()), state["parameters"]

@@ -68,11 +68,6 @@ class WeightMethod(HeadMethod):
     def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         return ProjectedAdamW(groups, betas=self.options.betas, eps=self.options.eps)
 
-    @property
-    def backbone(self) -> nn.Module:
-        """The timm model whose weights train; its parameter names are the keys of the subspaces."""
-        return self.model.get_submodule("backbone")
-
 
 def _linears(backbone: nn.Module, targets: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The weights of the `nn.Linear` layers of the blocks that `targets` names."""
