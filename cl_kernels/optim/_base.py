@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.optim import _gradients, _names, _shards, _subspace
+from cl_kernels.optim._named import NamedOptimizer
 from cl_kernels.optim._subspace import Prepared, Ready, Store
 
 __all__ = ["ProjectedOptimizer"]
 
 
-class ProjectedOptimizer(Optimizer):
-    """An optimizer whose updates are projected by a store keyed by parameter name.
+class ProjectedOptimizer(NamedOptimizer):
+    """An optimizer whose updates are projected by a store keyed by parameter name."""
 
-    Subclasses implement `step`, beginning with `self._refresh()` and asking `self._prepared(p)` for each parameter.
-    """
-
-    _step_supports_amp_scaling = False
-    _OWN = ("_names", "_store", "_strict", "_start", "_expected", "_nonfinite", "_skipped")  # beside torch's own
+    _OWN = (*NamedOptimizer._OWN, "_store", "_strict", "_start", "_expected")
 
     def __init__(self, params: Any, defaults: dict[str, Any], subspace: Any, nonfinite: str) -> None:
-        if nonfinite not in ("propagate", "skip"):
-            raise ValueError(f"Invalid nonfinite value: {nonfinite!r} (expected 'propagate' or 'skip')")
-        self._names: dict[Tensor, str] = {}
         self._store: Store | None = None
         self._strict = True
         self._seen: tuple[int, int] | None = None  # identity and version of the store behind _ready
         self._ready: dict[Tensor, Ready | None] = {}
         self._start: dict[Tensor, Tensor] = {}
         self._expected: dict[str, str] = {}  # fingerprints of a loaded state whose store was still empty
-        self._nonfinite = nonfinite
-        self._skipped: Tensor | None = None
-        self._check_group(defaults)
-        super().__init__(params, defaults)
-        if defaults["fused"]:
-            self._step_supports_amp_scaling = True
+        super().__init__(params, defaults, nonfinite)
         if subspace is not None:
             self.set_subspace(subspace)
 
@@ -58,24 +45,6 @@ class ProjectedOptimizer(Optimizer):
         self._adopt(_subspace.as_store(store), strict, restart=True)
         self._expected = {}
 
-    def bind(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
-        """Read the parameters' names anew, after a toolbox replaced parameters or edited `param_groups`.
-
-        State follows a name to its new tensor; a resized parameter loses its state, with a warning. Raises what
-        `set_subspace` raises, and then changes nothing.
-        """
-        named, state = _names.named(model), self.state.copy()
-        before = (self._names, [group.get("param_names") for group in self.param_groups])
-        try:
-            self._names, self._ready = _names.rebind(self._names, named, self.param_groups, self.state), {}
-            self._adopt(self._store, self._strict, restart=False)
-        except Exception:
-            self._names, self.state = before[0], state
-            for group, names in zip(self.param_groups, before[1], strict=True):
-                if names is not None:
-                    group["param_names"] = names
-            raise
-
     @torch.no_grad()
     def violations(self) -> dict[str, float]:
         """By name, the share ||V^T dW|| / ||dW|| of each projected parameter's movement that lies in the suppressed
@@ -91,13 +60,9 @@ class ProjectedOptimizer(Optimizer):
             for p, start in self._start.items()
         }
 
-    def skipped_steps(self) -> int:
-        """How many steps `nonfinite="skip"` has left out. Reads one number from the device."""
-        return 0 if self._skipped is None else int(self._skipped)
-
     def _refresh(self) -> None:
         """Before a step: follow changes of the groups and of the store."""
-        _names.settle(self.param_groups)
+        super()._refresh()
         if self._expected:
             self._same_subspace(self._expected)
             self._expected = {}
@@ -128,6 +93,11 @@ class ProjectedOptimizer(Optimizer):
             )
         return _subspace.ready(name, parameter, store.sides(name)) if name in keys and name is not None else None
 
+    def _present_changed(self) -> None:
+        self._ready = {}
+        if self._store is not None:
+            self._adopt(self._store, self._strict, restart=False)
+
     def _adopt(self, store: Store | None, strict: bool, *, restart: bool) -> None:
         ready: dict[Tensor, Ready | None] = {}
         covered: dict[Tensor, str] = {}  # in the order of the groups, the same in every process
@@ -147,46 +117,6 @@ class ProjectedOptimizer(Optimizer):
         start = {p: kept[p] if p in kept else p.detach().clone() for p in covered}
         self._store, self._strict, self._ready, self._start = store, strict, ready, start
         self._seen = None if store is None else (id(store), store.version)
-
-    # -- parameter groups ---------------------------------------------------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch, also where a group holds a generator."""
-        _names.settle(self.param_groups)
-        super().zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group's settings are checked, and it is refused unnamed while a subspace is in force."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        names, before = group.get("param_names"), dict(self._names)
-        if names is not None:
-            self._names.update(zip(group["params"], map(_names.plain_name, names), strict=True))
-        try:
-            self._check_group(group)
-            if self._store is not None:
-                self._adopt(self._store, self._strict, restart=False)
-        except Exception:
-            self.param_groups.pop()
-            self._names = before
-            raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise for settings, defaults or a group's, that are out of range; subclasses add their own."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if group["foreach"] and not group.get("capturable", False):
-                raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-            if lr.numel() != 1:
-                raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-        if group["differentiable"]:
-            raise ValueError("differentiable=True is not supported: a projected step is not recorded by autograd")
-        if group["fused"] and group["foreach"]:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -234,18 +164,9 @@ class ProjectedOptimizer(Optimizer):
         differing = {name for name in saved.keys() | have.keys() if saved.get(name) != have.get(name)}
         _all_known(differing, "the state was saved under another subspace (call `set_subspace` first); differing")
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = (*self._OWN, "_step_supports_amp_scaling")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._seen, self._ready = None, {}
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-            group.setdefault("foreach", None)
-            group.setdefault("differentiable", False)
-            group.setdefault("fused", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedOptimizer:
         memo[id(self._store)] = self._store  # shared by reference: `store.clone()` copies a store
