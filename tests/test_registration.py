@@ -40,6 +40,18 @@ def _factors() -> Arguments:
     return _tall(), torch.randn(2, 3, 3, dtype=torch.float64), q, r, torch.linalg.inv(r).mT.contiguous()
 
 
+def _prefix() -> Arguments:
+    """Few queries, so that the merged form is taken; a prefix that the batch shares."""
+    sizes = ((2, 2, 3, 4), (2, 2, 7, 4), (2, 2, 7, 4), (1, 2, 5, 4), (1, 2, 5, 4))
+    return tuple(torch.randn(size, dtype=torch.float64) for size in sizes)
+
+
+def _prefix_backward() -> Arguments:
+    inputs = _prefix()
+    out, lse = OPS["prefix_attention"].overload(*inputs, 0.5)
+    return torch.randn_like(out), *inputs, out, lse, 0.5, True
+
+
 SAMPLES: dict[str, Callable[[], Arguments]] = {
     "update_covariance_": _moments,
     "update_covariances_": _many_moments,
@@ -61,6 +73,8 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
     "qr": lambda: (_tall().requires_grad_(), None),
     "qr_backward": _factors,
     "polar": lambda: (_tall().requires_grad_(),),
+    "prefix_attention": lambda: (*(x.requires_grad_() for x in _prefix()), 0.5),
+    "prefix_attention_backward": _prefix_backward,
     "extend_basis": lambda: (torch.linalg.qr(_tall()[..., :2]).Q, _tall().requires_grad_(), 1e-6),
 }
 

@@ -173,6 +173,14 @@ def _extend_basis(device: torch.device, dtype: torch.dtype) -> Tensor:
     return _with_gradient(a, extension.q, extension.coefficients, extension.r)
 
 
+def _prefix(device: torch.device, dtype: torch.dtype) -> Tensor:
+    q, k, v = (_normal((2, 3, rows, 16), 20 + i, device, dtype).requires_grad_() for i, rows in enumerate((9, 37, 37)))
+    prefix = [_normal((1, 3, 7, 16), 30 + i, device, dtype).requires_grad_() for i in range(2)]
+    out, _ = torch.ops.cl_kernels.prefix_attention(q, k, v, *prefix, 0.25)
+    grads = torch.autograd.grad((out * torch.linspace(-1, 1, 16).to(out)).sum(), (q, k, v, *prefix))
+    return torch.cat([t.detach().flatten() for t in (out, *grads)])
+
+
 CASES: dict[str, Case] = {
     "update_covariance_": _covariance,
     "update_covariances_": _covariances,
@@ -187,4 +195,6 @@ CASES: dict[str, Case] = {
     "qr_backward": _qr,
     "polar": _polar,
     "extend_basis": _extend_basis,
+    "prefix_attention": _prefix,
+    "prefix_attention_backward": _prefix,
 }

@@ -11,6 +11,7 @@ from cl_kernels.ops.covariance import (
 )
 from cl_kernels.ops.null_space import log_odds_filter, null_space_projector, spectral_projector, symmetric_eigh
 from cl_kernels.ops.orthogonal_qr import extend_basis, orthogonality_penalty, polar, qr
+from cl_kernels.ops.prefix_attention import prefix_attention
 from cl_kernels.ops.projection import project, projected_adam_step_
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "null_space_projector",
     "orthogonality_penalty",
     "polar",
+    "prefix_attention",
     "project",
     "projected_adam_step_",
     "qr",
