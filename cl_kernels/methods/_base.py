@@ -154,9 +154,7 @@ class HeadMethod:
         """Mean cross-entropy over the task's own classes (all seen ones where `scope` is "seen"), logits / temperature,
         in float32 at least, plus the method's own term."""
         images, labels = batch
-        logits, target = self._training_logits(self.features(images), labels)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(wide / self.options.temperature, target)
+        loss = self._cross_entropy(self.features(images), labels)
         extra = self._regulariser()
         return loss if extra is None else loss + extra
 
