@@ -225,6 +225,12 @@ class HeadMethod:
 
     # Inside --------------------------------------------------------------------------------------------------------
 
+    def _cross_entropy(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of features over the classes that train, in float32 at least."""
+        logits, target = self._training_logits(features, labels)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(wide / self.options.temperature, target)
+
     def _training_logits(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.scope == "seen":
             return self.heads(features), self.heads.columns(labels)
