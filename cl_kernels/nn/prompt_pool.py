@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cl_kernels.nn._attention import head_dim
 
 __all__ = ["LayerPrompt", "PromptPool", "cosines", "pairs", "split_heads"]
 
@@ -52,6 +54,14 @@ class PromptPool(nn.Module):
         if len(set(self.layers)) != len(self.layers) or not all(0 <= layer < blocks for layer in self.layers):
             raise ValueError(f"layers: expected distinct block indices in 0..{blocks - 1}, got {list(layers)}")
         self.task = -1
+
+    @classmethod
+    def of(cls, backbone: nn.Module, **options: Any) -> Self:
+        """A pool for a timm ViT: `dim`, `blocks` and `heads` are the backbone's; `options` as the class takes them."""
+        model: Any = backbone
+        attention = model.blocks[0].attn
+        heads = int(attention.num_heads)
+        return cls(heads * head_dim(attention), len(model.blocks), heads, **options)
 
     # What a subclass says ------------------------------------------------------------------------------------------
 
