@@ -52,6 +52,11 @@ def _prefix_backward() -> Arguments:
     return torch.randn_like(out), *inputs, out, lse, 0.5, True
 
 
+def _heads() -> list[torch.Tensor]:
+    """Logits of two students that learn and of a teacher."""
+    return [torch.randn(4, 7, dtype=torch.float64).requires_grad_(i < 2) for i in range(3)]
+
+
 SAMPLES: dict[str, Callable[[], Arguments]] = {
     "update_covariance_": _moments,
     "update_covariances_": _many_moments,
@@ -75,6 +80,10 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
     "polar": lambda: (_tall().requires_grad_(),),
     "prefix_attention": lambda: (*(x.requires_grad_() for x in _prefix()), 0.5),
     "prefix_attention_backward": _prefix_backward,
+    "distillation_loss": lambda: (*_heads(), torch.arange(2, 6), None, 1, 6, 0.3, 2.0, 2, True, True),
+    "kl_loss": lambda: (*_heads()[1:], 0, -1, 2.0, 2, True),
+    "dkd_loss": lambda: (*_heads()[1:], torch.arange(2, 6), torch.ones(4).double(), 1, 6, 1.0, 4.0, 4.0, 0, True),
+    "jsd_loss": lambda: (*_heads()[1:], 2, 5, 0.5, 2.0, 1, True),
     "extend_basis": lambda: (torch.linalg.qr(_tall()[..., :2]).Q, _tall().requires_grad_(), 1e-6),
 }
 

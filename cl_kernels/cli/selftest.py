@@ -181,6 +181,32 @@ def _prefix(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat([t.detach().flatten() for t in (out, *grads)])
 
 
+def _heads(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z, s, t = (_normal((7, 300), 40 + i, device, dtype) for i in range(3))
+    return z.requires_grad_(), s.requires_grad_(), t, torch.arange(20, 27, device=device)
+
+
+def _distillation(device: torch.device, dtype: torch.dtype) -> Tensor:
+    z, s, t, y = _heads(device, dtype)
+    loss = ops.distillation_loss(z, s, t, y, classes=slice(11, 290), alpha=0.4)
+    return torch.cat([loss.detach().flatten(), *(g.flatten() for g in torch.autograd.grad(loss, (z, s)))])
+
+
+def _kl(device: torch.device, dtype: torch.dtype) -> Tensor:
+    _, s, t, _ = _heads(device, dtype)
+    return _with_gradient(s, ops.kl_loss(s, t, temperature=3.0, classes=slice(5, 60)))
+
+
+def _dkd(device: torch.device, dtype: torch.dtype) -> Tensor:
+    _, s, t, y = _heads(device, dtype)
+    return _with_gradient(s, ops.dkd_loss(s, t, y))
+
+
+def _jsd(device: torch.device, dtype: torch.dtype) -> Tensor:
+    _, s, t, _ = _heads(device, dtype)
+    return _with_gradient(s, ops.jsd_loss(s, t, beta=0.3, temperature=2.0))
+
+
 CASES: dict[str, Case] = {
     "update_covariance_": _covariance,
     "update_covariances_": _covariances,
@@ -195,6 +221,10 @@ CASES: dict[str, Case] = {
     "qr_backward": _qr,
     "polar": _polar,
     "extend_basis": _extend_basis,
+    "distillation_loss": _distillation,
+    "kl_loss": _kl,
+    "dkd_loss": _dkd,
+    "jsd_loss": _jsd,
     "prefix_attention": _prefix,
     "prefix_attention_backward": _prefix,
 }
