@@ -31,6 +31,32 @@ def _adam_step() -> Arguments:
     return (params, moments[0], moments[1], moments[2], [], steps, *sides, *rates)
 
 
+def _ftp(moments: int, *base: Any) -> Arguments:
+    params = [torch.randn(4, 3), torch.randn(5), torch.randn(2, 3)]
+    state = [[torch.rand_like(p) for p in params] for _ in range(moments)]
+    anchors = [torch.randn(4, 3), torch.randn(5).bfloat16(), torch.empty(0)]
+    lists = ([torch.ones(()) for _ in params], anchors, [torch.rand(8) for _ in params])
+    rule = (0.5, [1e-2], False, 1e-8, [], 0)
+    return (
+        params,
+        [torch.randn_like(p) for p in params],
+        *state,
+        *lists,
+        1e-3,
+        None,
+        1e-2,
+        False,
+        None,
+        None,
+        *base,
+        *rule,
+    )
+
+
+def _anchored() -> Arguments:
+    return [torch.randn(4, 3), torch.randn(5)], [torch.randn(4, 3).half(), torch.empty(0)]
+
+
 def _tall() -> torch.Tensor:
     return torch.randn(2, 5, 3, dtype=torch.float64)
 
@@ -75,6 +101,16 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
         *(torch.tensor(1.0), torch.tensor(0.5), 1),
     ),
     "projected_adam_step_": _adam_step,
+    "project_to_anchor": lambda: (
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, 3, dtype=torch.float64),
+        torch.rand(4, dtype=torch.float64, requires_grad=True),
+        0,
+    ),
+    "ftp_adam_step_": lambda: _ftp(3, 0.9, 0.999, 1e-8, True),
+    "ftp_sgd_step_": lambda: _ftp(1, 0.9, 0.0, True),
+    "displacement_products": lambda: ([torch.randn(4, 3), torch.randn(5)], *_anchored()),
+    "rescale_": lambda: (*_anchored(), [torch.rand(4), torch.tensor(0.5)], 0),
     "qr": lambda: (_tall().requires_grad_(), None),
     "qr_backward": _factors,
     "polar": lambda: (_tall().requires_grad_(),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels import ops
-from cl_kernels.ops import _registry
+from cl_kernels.ops import _registry, weight_projection
 
 Case = Callable[[torch.device, torch.dtype], Tensor]
 
@@ -146,6 +147,49 @@ def _adam(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat([p.flatten() for p in params])
 
 
+_ANCHORED = ((19, 45), (6, 3, 3, 3), (45,))
+
+
+def _ftp(device: torch.device, dtype: torch.dtype, *, adam: bool) -> Tensor:
+    """Three steps, so that the radius opens: from the anchor, off its floor, and within a ball."""
+    anchors = [_normal(s, 30 + i, device, dtype) for i, s in enumerate(_ANCHORED)]
+    params = [a.clone() for a in anchors]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    steps, radii = [torch.zeros((), device=device) for _ in params], [torch.zeros(8, device=device) for _ in params]
+    grads = [_normal(s, 40 + i, device, dtype) for i, s in enumerate(_ANCHORED)]
+    for _ in range(3):
+        if adam:
+            ops.ftp_adam_step_(
+                params, grads, first, second, steps, anchors, radii,
+                lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01,
+            )  # fmt: skip
+        else:
+            ops.ftp_sgd_step_(
+                params, grads, first, steps, anchors, radii,
+                lr=0.01, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=True,
+            )  # fmt: skip
+    return torch.cat([t.flatten().to(dtype) for t in (*params, *(r[:1] for r in radii))])
+
+
+def _project_to_anchor(device: torch.device, dtype: torch.dtype) -> Tensor:
+    weight, anchor = (_normal((19, 45), seed, device, dtype) for seed in (50, 51))
+    weight.requires_grad_()
+    return _with_gradient(weight, ops.project_to_anchor(weight, anchor, 40.0))
+
+
+def _displacement_products(device: torch.device, dtype: torch.dtype) -> Tensor:
+    grads, params, anchors = (
+        [_normal(s, seed + i, device, dtype) for i, s in enumerate(_ANCHORED)] for seed in (52, 55, 58)
+    )
+    return weight_projection.displacement_products(grads, params, anchors)
+
+
+def _rescale(device: torch.device, dtype: torch.dtype) -> Tensor:
+    params, anchors = ([_normal(s, seed + i, device, dtype) for i, s in enumerate(_ANCHORED)] for seed in (61, 64))
+    weight_projection.rescale_(params, anchors, [0.5, torch.linspace(0, 1, 6, device=device), 1.5])
+    return torch.cat([p.flatten() for p in params])
+
+
 def _tall(device: torch.device, dtype: torch.dtype, columns: int = 19) -> Tensor:
     return _normal((3, 131, columns), 11 + columns, device, dtype).requires_grad_()
 
@@ -217,6 +261,11 @@ CASES: dict[str, Case] = {
     "log_odds_filter": _filter,
     "project": _project,
     "projected_adam_step_": _adam,
+    "project_to_anchor": _project_to_anchor,
+    "ftp_adam_step_": functools.partial(_ftp, adam=True),
+    "ftp_sgd_step_": functools.partial(_ftp, adam=False),
+    "displacement_products": _displacement_products,
+    "rescale_": _rescale,
     "qr": _qr,
     "qr_backward": _qr,
     "polar": _polar,

@@ -14,6 +14,7 @@ from cl_kernels.ops.null_space import log_odds_filter, null_space_projector, spe
 from cl_kernels.ops.orthogonal_qr import extend_basis, orthogonality_penalty, polar, qr
 from cl_kernels.ops.prefix_attention import prefix_attention
 from cl_kernels.ops.projection import project, projected_adam_step_
+from cl_kernels.ops.weight_projection import ftp_adam_step_, ftp_sgd_step_, project_to_anchor
 
 __all__ = [
     "Projector",
@@ -24,6 +25,8 @@ __all__ = [
     "expand_head_grams",
     "explain",
     "extend_basis",
+    "ftp_adam_step_",
+    "ftp_sgd_step_",
     "jsd_loss",
     "kl_loss",
     "log_odds_filter",
@@ -32,6 +35,7 @@ __all__ = [
     "polar",
     "prefix_attention",
     "project",
+    "project_to_anchor",
     "projected_adam_step_",
     "qr",
     "rules",
