@@ -225,3 +225,21 @@ def test_writing_leaves_nothing_else(tmp_path: Path) -> None:
     path = write_report(many()[:1], tmp_path / "report.html", plot=False)
     write_report(many()[:1], path, plot=False)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_teacher_against_student() -> None:
+    """Per task, in points, with sizes and latencies; methods without a teacher show nothing of it."""
+    teacher = {
+        "backbone": "large", "accuracy_matrix": [[0.5, None, None], [0.6, 0.7, None], [0.9, 0.8, 0.7]],
+        "average_accuracy": 0.8, "forgetting": 0.0, "parameters": 2_500_000, "bytes": 10_000_000,
+    }  # fmt: skip
+    latency = {"teacher": {"one": 0.004, "batch": 0.1}, "student": {"one": 0.0015, "batch": 0.02}}
+    distilled = result("kdp", 0, teacher=teacher, student={"parameters": 500_000, "bytes": 2_000_000})
+    distilled["seconds"] = {"total": 1.0, "latency": latency}
+    page = Page(render([distilled, result("nsp2", 0)]))
+    assert "Teacher against student" in page.text
+    last = distilled["accuracy_matrix"][2]
+    assert f"90.0 {100 * last[0]:.1f} {100 * (last[0] - 0.9):.1f}" in page.text
+    for words in ("2.50 0.50", "10.00 2.00", "4.00 1.50", "100.00 20.00", "load_model"):
+        assert words in page.text
+    assert "Teacher against student" not in Page(render([result("nsp2", 0)])).text

@@ -2,6 +2,17 @@
 
 from cl_kernels.continual import metrics, stream, transforms
 from cl_kernels.continual.config import RunConfig
+from cl_kernels.continual.deployed import Deployed, load_model, save_model
 from cl_kernels.continual.trainer import RunStopped, run
 
-__all__ = ["RunConfig", "RunStopped", "metrics", "run", "stream", "transforms"]
+__all__ = [
+    "Deployed",
+    "RunConfig",
+    "RunStopped",
+    "load_model",
+    "metrics",
+    "run",
+    "save_model",
+    "stream",
+    "transforms",
+]
