@@ -13,10 +13,13 @@ from cl_kernels.methods._options import Options, option_defaults
 from cl_kernels.methods._protocol import Method
 from cl_kernels.methods.adam_nscl import AdamNSCLOptions, create_adam_nscl
 from cl_kernels.methods.class_mean import ClassMean
+from cl_kernels.methods.coda_prompt import CODAPrompt
+from cl_kernels.methods.dualprompt import DualPrompt
 from cl_kernels.methods.full import Full
 from cl_kernels.methods.gpm import GPMOptions, create_gpm
 from cl_kernels.methods.inf_lora import InfLoRA
 from cl_kernels.methods.joint import JointOptions, create_joint
+from cl_kernels.methods.l2p import L2P
 from cl_kernels.methods.linear import Linear
 from cl_kernels.methods.lora import OLoRA, SDLoRA, SequentialLoRA
 from cl_kernels.methods.lorac import LoRAC, LoRACIPC
@@ -47,6 +50,9 @@ _METHODS: dict[str, tuple[Factory, type[Options]]] = {
     "o-lora": (OLoRA, OLoRA.options_type),
     "inf-lora": (InfLoRA, InfLoRA.options_type),
     "sd-lora": (SDLoRA, SDLoRA.options_type),
+    "l2p": (L2P, L2P.options_type),
+    "dualprompt": (DualPrompt, DualPrompt.options_type),
+    "coda-prompt": (CODAPrompt, CODAPrompt.options_type),
     "joint": (create_joint, JointOptions),
 }
 
@@ -69,6 +75,7 @@ _LORAC_RECIPE = {  # augmented ViT-B/16 of ImageNet-21k; without the official co
     "head": "linear",
     "head_init": "default",
 }
+_POOL_RECIPE = {"lr": 1e-3, "head_lr": None, "schedule": "quarter-cosine", "head": "linear", "head_init": "default"}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "sequential": _NSP2_RECIPE,
     "matched-lr": _NSP2_RECIPE,
@@ -104,6 +111,9 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "lorac-ipc": _LORAC_RECIPE,
     "inf-lora": {"rank": 10, "gram_power": 2},
     "sd-lora": {"positions": "q v"},
+    "l2p": _POOL_RECIPE,
+    "dualprompt": _POOL_RECIPE | {"candidates": "all"},
+    "coda-prompt": _POOL_RECIPE | {"orthogonalize": "published"},
 }
 
 

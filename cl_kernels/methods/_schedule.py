@@ -6,7 +6,7 @@ import math
 
 __all__ = ["SCHEDULES", "multipliers"]
 
-SCHEDULES = ("constant", "cosine", "steps", "steps-official", "halves")
+SCHEDULES = ("constant", "cosine", "steps", "steps-official", "halves", "quarter-cosine")
 
 
 def multipliers(schedule: str, epochs: int) -> list[float]:
@@ -15,11 +15,14 @@ def multipliers(schedule: str, epochs: int) -> list[float]:
     "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
     "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten epochs
     split 4/3/3 (method-null-space.md T4). "halves": x 0.5 at 3/8 and again at 3/4 (Adam-NSCL: epochs 30 and 60 of 80).
-    Raises `ValueError` for another name."""
+    "quarter-cosine": cos(99 pi e / (200 (E - 1))), from 1 to 0.0157 (CODA-Prompt; its code repeats the first factor and
+    never takes the last). Raises `ValueError` for another name."""
     if schedule == "constant":
         return [1.0] * epochs
     if schedule == "cosine":
         return [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
+    if schedule == "quarter-cosine":
+        return [math.cos(0.495 * math.pi * epoch / max(epochs - 1, 1)) for epoch in range(epochs)]
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if schedule == "halves":

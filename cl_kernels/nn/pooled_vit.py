@@ -12,6 +12,7 @@ from cl_kernels.nn import _attention, _backbone
 from cl_kernels.nn._prompts import check_options
 from cl_kernels.nn.kd_token import KDToken
 from cl_kernels.nn.prompt_pool import LayerPrompt, PromptPool
+from cl_kernels.ops.prefix_attention import prefix_attention
 
 __all__ = ["Pooled", "PooledViT"]
 
@@ -214,5 +215,4 @@ def _with_prefixes(q: Tensor, k: Tensor, v: Tensor, prefixes: list[Pair | None],
         return _attention.attend(q, k, v, scale)
     batch = next((len(pair[0]) for pair in given if len(pair[0]) != 1), 1)
     joined = [torch.cat([p[side].to(k.dtype).expand(batch, -1, -1, -1) for p in given], dim=2) for side in (0, 1)]
-    prefix_k, prefix_v = (rows.expand(len(k), -1, -1, -1) for rows in joined)
-    return _attention.attend(q, torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2), scale)
+    return prefix_attention(q, k, v, joined[0], joined[1], scale=scale)
