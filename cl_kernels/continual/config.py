@@ -89,6 +89,8 @@ class RunConfig:
                                 "added", "tasks_left"}}}, {} where nothing is kept; energy: share of the statistic's
                                 trace that is protected; added: directions more than after the task before; tasks_left:
                                 how many tasks that add as many still fit, null where the last one added none
+        prompt_usage[T]         after each task {block: [share of the task's images that choose each entry of the pool]}
+                                (coda-prompt: the mean absolute weight), {} for methods without a pool
         anchoring[T]            after each task {parameter: {"distance", "relative", ...}}, {} for methods without
                                 anchors; distance: L2 norm of weight - anchor, relative: by that of the anchor;
                                 radius: what rows (or the tensor) are held within; projected: share of rows held in

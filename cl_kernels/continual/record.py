@@ -27,6 +27,7 @@ class Record:
     loss: list[list[float]] = field(default_factory=list)
     subspace: list[dict[str, Any]] = field(default_factory=list)
     anchoring: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    prompt_usage: list[dict[str, list[float]]] = field(default_factory=list)
     trainable: list[int] = field(default_factory=list)
     train_seconds: list[float] = field(default_factory=list)
     phase_seconds: list[list[float]] = field(default_factory=list)
@@ -86,6 +87,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
         },
         "subspace": record.subspace,
         "anchoring": record.anchoring,
+        "prompt_usage": record.prompt_usage,
         "loss": record.loss,
         "parameters": {"trainable": record.trainable, "total": session.parameters},
         "skipped_images": session.skipped,

@@ -151,6 +151,7 @@ class _Trainer:
         state.record.end_seconds.append(time.perf_counter() - start)
         state.record.subspace.append(method.subspace())
         state.record.anchoring.append(method.anchoring())
+        state.record.prompt_usage.append(method.prompt_usage())
         self._evaluate(index)
         state.position = Position(index + 1)
         self.keeper.save()

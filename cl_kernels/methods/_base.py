@@ -183,6 +183,11 @@ class HeadMethod:
         """What is protected from the next task's updates, for results.json; empty where nothing is."""
         return {}
 
+    def prompt_usage(self) -> dict[str, list[float]]:
+        """By block, what share of the last task's images chooses each entry of a prompt pool, for results.json; empty
+        for a method without one."""
+        return {}
+
     def anchoring(self) -> dict[str, dict[str, float]]:
         """How far each weight of the body went from its anchor in the last task and what held it, for results.json;
         empty for a method without anchors."""
