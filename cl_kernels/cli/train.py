@@ -68,9 +68,9 @@ def register(app: "typer.Typer") -> None:
             "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
             "class_seed": class_seed,
             "device": device, "precision": precision, "augment": augment, "eval_batch_size": eval_batch_size,
-            "statistics_batch": statistics_batch, "eval_shift": eval_shift, "threads": threads, "out": out, "resume": resume,
-            "overwrite": overwrite, "checkpoint_minutes": checkpoint_minutes, "checkpoint_steps": checkpoint_steps,
-            "quick": quick, "strict": strict, "tensorboard": tensorboard,
+            "statistics_batch": statistics_batch, "eval_shift": eval_shift, "threads": threads,
+            "out": out, "resume": resume, "overwrite": overwrite, "checkpoint_minutes": checkpoint_minutes,
+            "checkpoint_steps": checkpoint_steps, "quick": quick, "strict": strict, "tensorboard": tensorboard,
         }  # fmt: skip
         _execute(given, config, option or [], plot)
 

@@ -19,7 +19,7 @@ _NOT_OF_THE_RUN = frozenset(
 )
 """Fields that decide where and how often, never what: a checkpoint is not refused because of them."""
 
-_ADDED = {"teacher": None, "teacher_weights": None}
+_ADDED = {"teacher": None, "teacher_weights": None, "eval_shift": False}
 """Fields younger than the first checkpoints, with what those ran with: at that value they leave a fingerprint as it
 was."""
 
@@ -61,6 +61,8 @@ class RunConfig:
         augment: ``none``, ``flip`` (horizontal) or ``crop`` (pad by 1/8, crop at random); training batches only.
         eval_batch_size, statistics_batch: batches of the evaluation, and of the pass handed to ``end_task`` (NSP2's
             official per-batch weighting depends on the latter: 100 there).
+        eval_shift: after the last task evaluate on corrupted versions of all test images too: fifteen families at five
+            severities (``cl_kernels.data.corruptions``), so 75 evaluations more. Needs Pillow.
         threads: torch CPU threads during the run; None leaves torch's setting.
         tensorboard: also write event files to ``out/tensorboard`` when tensorboard is importable.
 
@@ -85,6 +87,10 @@ class RunConfig:
         feature_drift           {"relative"[T][T], "cosine"[T][T], "final_relative", "final_cosine"}: |f_i - f_j| by
                                 |f_j| and 1 - cos(f_i, f_j), task j's test images after task i against the end of
                                 task j; final: mean over old tasks after the last (null for one task)
+        shift                   null without eval_shift, else of the last model, means over the tasks' test images:
+                                {"clean": average_accuracy, "mean": over all corruptions, "relative": mean by clean,
+                                "severities"[5], "groups": {noise, blur, weather, digital},
+                                "families": {name: accuracies at severity 1 to 5}}
         subspace[T]             after each task {parameter: {"left"|"right": {"dim", "protected", "gain", "energy",
                                 "added", "tasks_left"}}}, {} where nothing is kept; energy: share of the statistic's
                                 trace that is protected; added: directions more than after the task before; tasks_left:
@@ -99,6 +105,7 @@ class RunConfig:
         parameters              {"trainable"[T], "total"}
         skipped_images          broken files left out
         seconds                 {"data", "backbone", "train"[T], "end_task"[T], "evaluate"[T], "checkpoint", "total"},
+                                with eval_shift also "shift",
                                 with a teacher also "phases"[T][2], "latency": {"teacher", "student": {"one", "batch"}}
         environment             {"cl_kernels", "torch", "python", "platform", "device", "threads", "precision"}
 
@@ -133,6 +140,7 @@ class RunConfig:
     augment: str = "none"
     eval_batch_size: int = 250
     statistics_batch: int = 100
+    eval_shift: bool = False
     threads: int | None = None
     tensorboard: bool = False
 
@@ -149,7 +157,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
                 raise TypeError(f"{name} must be a path or None, got {value!r}")
-        for name in ("resume", "overwrite", "strict", "quick", "tensorboard"):
+        for name in ("resume", "overwrite", "strict", "quick", "eval_shift", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         _one_of("stream", self.stream, STREAMS)

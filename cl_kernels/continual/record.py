@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cl_kernels.continual import metrics
+from cl_kernels.continual import metrics, shift
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import environment
 from cl_kernels.continual.session import Session
@@ -36,6 +36,8 @@ class Record:
     teacher_accuracy: list[list[float]] = field(default_factory=list)
     teacher_trainable: list[int] = field(default_factory=list)
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
+    shift: dict[str, list[float]] = field(default_factory=dict)
+    shift_seconds: float = 0.0
     protocol: str = ""
     checkpoint_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -85,6 +87,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
             "final_relative": metrics.last_row_mean(record.relative),
             "final_cosine": metrics.last_row_mean(record.cosine),
         },
+        "shift": _shift(record, config),
         "subspace": record.subspace,
         "anchoring": record.anchoring,
         "prompt_usage": record.prompt_usage,
@@ -97,6 +100,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
             "end_task": record.end_seconds,
             "evaluate": record.evaluate_seconds,
             **({"phases": record.phase_seconds, "latency": record.latency} if session.config.teacher else {}),
+            **({"shift": record.shift_seconds} if config.eval_shift else {}),
             "checkpoint": record.checkpoint_seconds,
             "total": record.total_seconds,
         },
@@ -137,6 +141,10 @@ def _task_incremental(record: Record, config: RunConfig) -> dict[str, Any] | Non
         "average_accuracy": metrics.average_accuracy(record.task_accuracy),
         "forgetting": metrics.forgetting(record.task_accuracy),
     }
+
+
+def _shift(record: Record, config: RunConfig) -> dict[str, Any] | None:
+    return shift.summary(record.shift, metrics.average_accuracy(record.accuracy)) if config.eval_shift else None
 
 
 def _square(rows: list[list[float]]) -> list[list[float | None]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels import data as image_data
-from cl_kernels.continual import checkpoint, seeds
+from cl_kernels.continual import checkpoint, seeds, shift
 from cl_kernels.continual.claim import CHECKPOINT, claimed
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.deployed import save_model
@@ -77,6 +77,8 @@ def run(
     another run, `FileExistsError` when `out` holds a run and neither `resume` nor `overwrite` is set or when another
     process writes to it, `NonFiniteError` when a loss or parameter is NaN or infinite. SIGTERM finishes the step,
     saves, and raises `RunStopped` (exit code 0)."""
+    if config.eval_shift:
+        shift.check()
     out = None if config.out is None else Path(config.out)
     started = time.perf_counter()
     held = nullcontext() if out is None else claimed(out, resume=config.resume, overwrite=config.overwrite)
@@ -102,9 +104,12 @@ class _Trainer:
         if not (self.config.resume and self.keeper.restore()):
             self.log.cut(0)
         state = self.keeper.state
-        with Progress(self.config.method, self._total_steps(), state.steps) as self.progress:
+        done = state.steps + len(state.record.shift)
+        with Progress(self.config.method, self._total_steps(), done) as self.progress:
             for index in range(state.position.task, len(self.session.tasks)):
                 self._task(index)
+            if self.config.eval_shift:
+                self._evaluate_shift()
         if self.method.teacher is not None:
             self._deploy(self.method.teacher)
         self.keeper.lap()
@@ -269,6 +274,19 @@ class _Trainer:
         mean = sum(rows["accuracy"]) / len(rows["accuracy"])
         self.log.event("task", state.steps, task=index, average_accuracy=mean, **rows)
 
+    def _evaluate_shift(self) -> None:
+        """The last model on corrupted test images; a checkpoint keeps the families that are finished."""
+        state = self.keeper.state
+        for name in shift.left(state.record.shift):
+            start = time.perf_counter()
+            state.record.shift[name] = found = shift.accuracies(self.session, name)
+            state.record.shift_seconds += time.perf_counter() - start
+            self.log.event("shift", state.steps, family=name, accuracy=found)
+            self.progress.advance(f"{self.config.method}: {name}")
+            if self.keeper.due() or self.stop.is_set():
+                self.keeper.save()
+                self._heed_stop()
+
     def _test(self, index: int) -> Feed:
         if index not in self._tests:
             feed = self.session.testing(index)
@@ -291,7 +309,7 @@ class _Trainer:
             if self.method.held_out:
                 images = len(self._parted(self.session.train.labels[tasks[index].train], index)[1])
             total += -(-images // self.config.batch_size) * self.session.epochs * len(self.method.phases)
-        return total
+        return total + (len(shift.left({})) if self.config.eval_shift else 0)
 
 
 def _count(method: Method) -> int:
