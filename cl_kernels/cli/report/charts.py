@@ -41,8 +41,13 @@ def curves(
     key: str,
     percent: bool = True,
     bottom: float | None = None,
+    xlabel: str = "after task",
+    ticks: Sequence[str] | None = None,
 ) -> str:
-    """Lines over tasks, one for each method, with a band of one standard deviation over seeds."""
+    """Lines over tasks, one for each method, with a band of one standard deviation over seeds.
+
+    `xlabel` and `ticks` (one a point) say what else than tasks the points are.
+    """
     figure, axes = _figure(6.8, 3.9)
     for index, (label, spreads) in enumerate(series.items()):
         points = [(i + 1, s) for i, s in enumerate(spreads) if s is not None]
@@ -60,9 +65,9 @@ def curves(
             high = [m + d for m, d in zip(y, half, strict=True)]
             axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     longest = max((len(s) for s in series.values()), default=1)
-    ticks = range(1, longest + 1, math.ceil(longest / 15))
-    axes.set_xticks(ticks, [str(i) for i in ticks])
-    axes.set_xlabel("after task")
+    shown = range(1, longest + 1, math.ceil(longest / 15))
+    axes.set_xticks(shown, [str(i) if ticks is None else ticks[i - 1] for i in shown])
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if bottom is not None:
         axes.set_ylim(bottom=bottom)

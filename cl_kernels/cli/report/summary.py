@@ -71,6 +71,7 @@ def _within(*path: str) -> Callable[[Result], float | None]:
 
 MEASURES: tuple[Measure, ...] = (
     Measure("average_accuracy", "Average accuracy (%)", "accuracy", _within("average_accuracy")),
+    Measure("shift_accuracy", "Corrupted images: accuracy (%)", "corrupted", _within("shift", "mean")),
     Measure("forgetting", "Forgetting (points)", "forgetting", _within("forgetting"), better="lower"),
     Measure("task_accuracy", "Task known: accuracy (%)", "known acc.", _within("task_incremental", "average_accuracy")),
     Measure(

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import charts
 from .distillation import teachers
+from .shift import corrupted
 from .summary import Group, Measure, Result, Section, accuracy_curve, forgetting_curve
 
 
@@ -28,6 +29,7 @@ def section(found: Section, key: str, *, draw: bool) -> dict[str, Any]:
         "maps": [_map(g, f"{key}-m{i}") for i, g in enumerate(found.groups)] if draw else [],
         "matrices": [_matrix(g) for g in found.groups],
         "teachers": teachers(found, key, draw=draw),
+        "corrupted": corrupted(found, key, draw=draw),
         "subspaces": _subspaces(found, key, draw=draw),
         "subspace_seed": next((f"seed {g.results[0]['seed']}" for g in found.groups if subspace_use(g.results[0])), ""),
         "runs": [
