@@ -145,7 +145,9 @@ class Keeper:
         return True
 
     def _check_parameters(self) -> None:
-        for name, parameter in self._session.method.trainable_parameters():
+        method = self._session.method
+        taught = [] if method.teacher is None else method.teacher.trainable_parameters()
+        for name, parameter in [*method.trainable_parameters(), *((f"teacher.{name}", p) for name, p in taught)]:
             if not bool(torch.isfinite(parameter).all()):
                 where = f"before {self.state.position} of {self._of_tasks()}"
                 raise NonFiniteError(f"parameter {name} is not finite {where}; {self.last_good()}")

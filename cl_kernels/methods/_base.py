@@ -261,16 +261,25 @@ class HeadMethod:
             self._init_heads([self._current], task.batches, task.index)
 
     @torch.no_grad()
-    def _init_heads(self, which: Iterable[int], batches: Callable[[], Batches], task: int) -> None:
+    def _init_heads(
+        self,
+        which: Iterable[int],
+        batches: Callable[[], Batches],
+        task: int,
+        heads: Heads | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Start the heads `which` of `heads` (None: the method's), over `features` (None: the method's)."""
+        heads, features = heads or self.heads, features or self.features
         for index in which:
-            head = self.heads.head(index)
+            head = heads.head(index)
             if self.options.head_init == "default":
                 head.init_default()
             elif self.options.head_init == "official":
-                head.init_official(task, self.heads.head(0))
+                head.init_official(task, heads.head(0))
             elif self.options.head_init == "class-means":
-                pairs = ((self.features(images), labels) for images, labels in batches())
-                head.init_class_means(class_means(pairs, self.heads, index, self.device))
+                pairs = ((features(images), labels) for images, labels in batches())
+                head.init_class_means(class_means(pairs, heads, index, self.device))
 
     def _learning_rate(self) -> float:
         return self.default_lr if self.options.lr is None else self.options.lr

@@ -19,6 +19,7 @@ from cl_kernels.methods.full import Full
 from cl_kernels.methods.gpm import GPMOptions, create_gpm
 from cl_kernels.methods.inf_lora import InfLoRA
 from cl_kernels.methods.joint import JointOptions, create_joint
+from cl_kernels.methods.kdp import KDP
 from cl_kernels.methods.l2p import L2P
 from cl_kernels.methods.linear import Linear
 from cl_kernels.methods.lora import OLoRA, SDLoRA, SequentialLoRA
@@ -53,6 +54,7 @@ _METHODS: dict[str, tuple[Factory, type[Options]]] = {
     "l2p": (L2P, L2P.options_type),
     "dualprompt": (DualPrompt, DualPrompt.options_type),
     "coda-prompt": (CODAPrompt, CODAPrompt.options_type),
+    "kdp": (KDP, KDP.options_type),
     "joint": (create_joint, JointOptions),
 }
 
@@ -114,6 +116,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "l2p": _POOL_RECIPE,
     "dualprompt": _POOL_RECIPE | {"candidates": "all"},
     "coda-prompt": _POOL_RECIPE | {"orthogonalize": "published"},
+    "kdp": _POOL_RECIPE | {"pool_options": {"orthogonalize": "published"}},
 }
 
 

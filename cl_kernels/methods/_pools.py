@@ -92,9 +92,13 @@ class PoolMethod(HeadMethod):
     @torch.no_grad()
     def _finish(self, task: Task, loader: Batches) -> None:
         self.pool.end_task()
-        if self.model.backbone_digest() != self._digest:
-            raise RuntimeError(f"{self.name}: the frozen backbone changed during task {task.index}")
+        self.check_backbone()
         self._usage = self._count(loader) if self.pool.needs_query else {}
+
+    def check_backbone(self) -> None:
+        """Raise `RuntimeError` unless the frozen backbone is bit for bit what it was at the first task."""
+        if self.model.backbone_digest() != self._digest:
+            raise RuntimeError(f"{self.name}: the frozen backbone changed during task {self.tasks[-1].index}")
 
     def _count(self, loader: Batches) -> dict[str, list[float]]:
         sums: dict[int, Tensor] = {}
