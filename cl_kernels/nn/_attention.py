@@ -75,28 +75,27 @@ def _key_projection(attention: Any) -> Tensor:
 
 def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, N, dh] of `tokens` [B, N, D], after bias and q/k norms, before the scale."""
-    batch, count, _ = tokens.shape
-    shape = (batch, count, -1, int(attention.num_heads), head_dim(attention))
+    shape = (int(attention.num_heads), head_dim(attention))
     if getattr(attention, "qkv", None) is not None:
-        q, k, v = attention.qkv(tokens).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = attention.qkv(tokens).unflatten(-1, (3, *shape)).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         parts = (attention.q_proj(tokens), attention.k_proj(tokens), attention.v_proj(tokens))
-        q, k, v = (part.reshape(shape).squeeze(2).transpose(1, 2) for part in parts)
+        q, k, v = (part.unflatten(-1, shape).transpose(1, 2) for part in parts)
     return _norm(attention, "q_norm", q), _norm(attention, "k_norm", k), v
 
 
 def project_some(attention: Any, read: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of the rows `read` [B, R, D], keys and values of all `tokens` [B, N, D], otherwise as `project`."""
-    heads, width = int(attention.num_heads), head_dim(attention)
+    shape = (int(attention.num_heads), head_dim(attention))
     fused = getattr(attention, "qkv", None)
     if fused is None:
         parts = (attention.q_proj(read), attention.k_proj(tokens), attention.v_proj(tokens))
-        q, k, v = (part.unflatten(-1, (heads, width)).transpose(1, 2) for part in parts)
+        q, k, v = (part.unflatten(-1, shape).transpose(1, 2) for part in parts)
     else:
-        inner = heads * width
+        inner = shape[0] * shape[1]
         of_q, of_kv = (None, None) if fused.bias is None else (fused.bias[:inner], fused.bias[inner:])
-        q = F.linear(read, fused.weight[:inner], of_q).unflatten(-1, (heads, width)).transpose(1, 2)
-        both = F.linear(tokens, fused.weight[inner:], of_kv).unflatten(-1, (2, heads, width))
+        q = F.linear(read, fused.weight[:inner], of_q).unflatten(-1, shape).transpose(1, 2)
+        both = F.linear(tokens, fused.weight[inner:], of_kv).unflatten(-1, (2, *shape))
         k, v = both.permute(2, 0, 3, 1, 4).unbind(0)
     return _norm(attention, "q_norm", q), _norm(attention, "k_norm", k), v
 
@@ -188,8 +187,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 def finish(attention: Any, mixed: Tensor, tokens: Tensor) -> Tensor:
     """Merge heads [B, H, N, dh] -> [B, N, D] and apply what timm applies after the softmax."""
-    batch, _, count, _ = mixed.shape
-    out = mixed.transpose(1, 2).reshape(batch, count, -1)
+    out = mixed.transpose(1, 2).flatten(2)
     out = _norm(attention, "norm", out)
     gate = getattr(attention, "gate", None)
     if gate is not None:
