@@ -68,8 +68,15 @@ class AdamTwin(NamedOptimizer):
     def _free(self, group: dict[str, Any], params: list[Tensor], scale: Tensor | None, found: Tensor | None) -> None:
         """torch's own functional Adam, so that it is torch's own Adam."""
         on_device = self._nonfinite == "skip" and params[0].is_cuda
+        self._twin(group, (params, *self._lists(group, params, on_device)), scale, found)
+
+    def _twin(
+        self, group: dict[str, Any], lists: tuple[list[Tensor], ...], scale: Tensor | None, found: Tensor | None
+    ) -> None:
+        """torch's step on `lists`, as `_checked_lists` gives them."""
+        params, grads, first, second, largest, steps = lists
+        on_device = self._nonfinite == "skip" and params[0].is_cuda
         beta1, beta2 = group["betas"]
-        grads, first, second, largest, steps = self._lists(group, params, on_device)
         fused = True if on_device else group["fused"]
         adam(
             params, grads, first, second, largest, steps,
