@@ -86,7 +86,15 @@ def test_a_file_of_numbers_is_whole_after_each_case(bench: ModuleType, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_covariance", "bench_lora_stack", "bench_null_space", "bench_orthogonal_qr", "bench_statistics"]
+    "name",
+    [
+        "bench_covariance",
+        "bench_lora_stack",
+        "bench_null_space",
+        "bench_orthogonal_qr",
+        "bench_statistics",
+        "bench_weight_projection",
+    ],
 )
 def test_outputs_are_right_at_small_sizes(bench: ModuleType, name: str) -> None:
     if name in ("bench_lora_stack", "bench_statistics"):
@@ -98,3 +106,30 @@ def test_outputs_are_right_at_small_sizes(bench: ModuleType, name: str) -> None:
             case.check(variant)
             checked += 1
     assert checked >= 6
+
+
+def test_the_listed_parameters_are_timms(bench: ModuleType) -> None:
+    timm = pytest.importorskip("cl_kernels._timm").import_timm()
+    import ftp_variants
+
+    for ours, theirs in {"ViT-B/16": "vit_base_patch16_224", "ResNet-50": "resnet50"}.items():
+        with torch.device("meta"):
+            model = timm.create_model(theirs, num_classes=0)
+        assert [tuple(p.shape) for p in model.parameters()] == ftp_variants.parameter_list(ours)
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+def test_the_wanted_share_is_projected_and_counted(bench: ModuleType, base: str) -> None:
+    import bench_weight_projection
+    import ftp_variants
+
+    for share in (0.0, 0.3, 1.0):
+        s = ftp_variants.layers("2 blocks of width 128", share, "cpu", base)
+        ours = bench_weight_projection.Ours(s)
+        s.reset()
+        for _ in range(3):
+            ours.step()
+            assert ours.share() == pytest.approx(share, abs=0.02)
+    counter = ftp_variants.Counter.of(ftp_variants.official(s))
+    assert counter.waits >= 2 * len(s.params)
+    assert counter.operations >= 40 * len(s.params)

@@ -1,0 +1,362 @@
+"""Trainable projection's competitors: one state of a whole model, and every way of stepping it that torch offers.
+
+Not a benchmark itself: bench_weight_projection.py uses it. The official loop is written anew from the recurrence. All
+variants of a case step the same tensors in place, because five copies of ViT-L do not fit a usual machine; the first
+call of each begins from the same values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import hardtanh
+from torch.optim.adam import adam
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Counter", "State", "Step", "layers", "official", "parameter_list", "rows", "torch_optimizer", "vectorised"]
+
+LR, BETA1, BETA2, EPS, MOMENTUM, FLOOR = 5e-7, 0.9, 0.999, 1e-8, 0.9, 1e-8
+RADIUS_BETA1, RADIUS_BETA2 = 0.9, 0.999
+STEPS = 5000.0  # past the bias corrections
+FAR = 5e-3  # mean distance of an element from its anchor, in rows that are projected
+Shape = tuple[int, ...]
+Step = Callable[[], list[Tensor]]
+
+
+def vit(width: int, blocks: int, *, whole: bool = True) -> Iterator[Shape]:
+    """Parameters of timm's ViT with patches of 16 and no head, in its order; `whole` off: of the blocks alone."""
+    if whole:
+        yield from ((1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,))
+    for _ in range(blocks):
+        yield from ((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,))
+        yield from ((width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,))
+    if whole:
+        yield from ((width,), (width,))
+
+
+def resnet50() -> Iterator[Shape]:
+    """Parameters of timm's ResNet-50 with no head, in its order."""
+    yield from ((64, 3, 7, 7), (64,), (64,))
+    inner = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 << stage
+        for block in range(blocks):
+            for shape in ((width, inner, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+                yield from (shape, shape[:1], shape[:1])
+            if block == 0:
+                yield from ((4 * width, inner, 1, 1), (4 * width,), (4 * width,))
+            inner = 4 * width
+
+
+# The goal of 28.4 M parameters is stated for four blocks of ViT-B/16: 28,351,488.
+_LISTS: dict[str, Callable[[], Iterator[Shape]]] = {
+    "2 blocks of width 128": lambda: vit(128, 2, whole=False),
+    "4 blocks of ViT-B/16": lambda: vit(768, 4, whole=False),
+    "ResNet-50": resnet50,
+    "ViT-B/16": lambda: vit(768, 12),
+    "ViT-L/16": lambda: vit(1024, 24),
+}
+
+
+def parameter_list(model: str) -> list[Shape]:
+    """The shapes of all constrained parameters: the head is trained freely and left out."""
+    return list(_LISTS[model]())
+
+
+def rows(x: Tensor) -> Tensor:
+    """As the method sees a parameter: the first dimension for matrices and kernels, one row for vectors."""
+    return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(1, -1)
+
+
+@dataclass
+class State:
+    """A model in the middle of training. `share` of the elements lie in rows that every step projects.
+
+    Projected rows lie on the ball and are pushed outwards, the others half way in and are pushed inwards. The radii
+    stand still (their speed is 0), so the share stays the same for thousands of steps.
+    """
+
+    shapes: list[Shape]
+    share: float
+    device: str = "cpu"
+    base: str = "adam"
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)
+    second: list[Tensor] = field(default_factory=list)
+    anchors: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)  # what each row of a gradient is scaled by to make W - W_0
+    steps: list[Tensor] = field(default_factory=list)
+    gammas: list[float] = field(default_factory=list)
+    resets: list[Callable[[], None]] = field(default_factory=list)  # what variants keep beside
+
+    def __post_init__(self) -> None:
+        on: dict[str, Any] = {"device": self.device}
+        for shape in self.shapes:
+            anchor = (torch.randn(shape, **on) * 0.02).bfloat16().float()  # so that a bf16 copy is exact
+            grad = torch.rand(shape, **on).add_(0.5).copysign_(torch.randn(shape, **on))
+            g = rows(grad)
+            outside = torch.rand(g.shape[0], 1, **on) < self.share
+            if g.shape[0] > 1 and 0 < self.share < 1:
+                count = round(self.share * g.shape[0])
+                outside = torch.arange(g.shape[0], **on).unsqueeze(1) < count
+            gamma = FAR * g.shape[1]
+            size = torch.linalg.vector_norm(g, 1, dim=1, keepdim=True)
+            self.places.append(torch.where(outside, -gamma, gamma / 2) / size)
+            self.gammas.append(gamma)
+            self.anchors.append(anchor)
+            self.grads.append(grad)
+            for values in (self.params, self.first, self.second):
+                values.append(torch.empty(shape if values is not self.second or self.base == "adam" else (0,), **on))
+            self.steps.append(torch.empty((), **on))
+        self.reset()
+
+    @property
+    def lr(self) -> float:
+        """A step moves an element by 5e-7 at most: `share` holds for thousands of them."""
+        return LR if self.base == "adam" else LR * (1 - MOMENTUM) / 1.5
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+    def reset(self) -> None:
+        """Back to the beginning, in place."""
+        for p, g, m, v, anchor, place, step in zip(
+            self.params, self.grads, self.first, self.second, self.anchors, self.places, self.steps, strict=True
+        ):
+            torch.addcmul(rows(anchor), rows(g), place, out=rows(p))
+            if self.base == "adam":
+                m.copy_(g)
+                torch.mul(g, g, out=v)
+            else:
+                torch.mul(g, 1 / (1 - MOMENTUM), out=m)  # where momentum settles
+            step.fill_(STEPS)
+        for call in self.resets:
+            call()
+
+    def moved(self) -> list[Tensor]:
+        """W - W_0 in float64: what a step changes is 1e-4 of it, and only 3e-5 of W."""
+        return [p.double() - a.double() for p, a in zip(self.params, self.anchors, strict=True)]
+
+    def fresh(self, step: Callable[[], Any]) -> Step:
+        """The step; its first call begins from the beginning."""
+        begun = False
+
+        def call() -> list[Tensor]:
+            nonlocal begun
+            if not begun:
+                self.reset()
+                begun = True
+            step()
+            return self.params
+
+        return call
+
+    def expected(self) -> list[Tensor]:
+        """W - W_0 after one step of the official recurrence in float64, a tensor at a time."""
+        self.reset()
+        found = []
+        for i, shape in enumerate(self.shapes):
+            one = State([shape], self.share, "meta", self.base)
+            for name in ("params", "grads", "first", "second", "anchors"):
+                setattr(one, name, [getattr(self, name)[i].double()])
+            one.steps, one.gammas, one.resets = [self.steps[i].double()], self.gammas[i : i + 1], []
+            Official(one).step()
+            found += one.moved()
+        return found
+
+
+def layers(model: str, share: float, device: str, base: str = "adam") -> State:
+    torch.manual_seed(0)
+    return State(parameter_list(model), share, device, base)
+
+
+class Official:
+    """The released recurrence, tensor by tensor: its caches, its branch on the host and its bounds read there."""
+
+    def __init__(self, s: State) -> None:
+        self.s = s
+        self.cached = [torch.empty_like(p) for p in s.params]
+        self.inverse = [torch.empty_like(rows(p)[:, :1]) for p in s.params]
+        self.radii = [torch.empty_like(step) for step in s.steps]
+        self.averages = [(torch.zeros_like(step), torch.zeros_like(step)) for step in s.steps]
+        s.resets.append(self.reset)
+        self.reset()
+
+    def reset(self) -> None:
+        for i, (p, anchor) in enumerate(zip(self.s.params, self.s.anchors, strict=True)):
+            torch.sub(p, anchor, out=self.cached[i])
+            self.inverse[i].copy_(1 / (torch.linalg.vector_norm(rows(self.cached[i]), 1, dim=1, keepdim=True) + 1e-8))
+            self.radii[i].fill_(self.s.gammas[i])
+            for average in self.averages[i]:
+                average.zero_()
+
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.cached)
+
+    def direction(self, i: int) -> Tensor:
+        g, m, v = self.s.grads[i], self.s.first[i], self.s.second[i]
+        if self.s.base == "sgd":
+            m.mul_(MOMENTUM).add_(g)
+            return self.s.lr * (g + MOMENTUM * m)
+        t = float(self.s.steps[i]) if self.s.steps[i].device.type == "cpu" else STEPS  # the official count is a number
+        m.mul_(BETA1).add_(g, alpha=1 - BETA1)
+        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+        denominator = (v.sqrt() / math.sqrt(1 - BETA2**t)).add_(EPS)
+        return self.s.lr / (1 - BETA1**t) * (m / denominator)
+
+    def step(self) -> None:
+        for i, (p, g, anchor) in enumerate(zip(self.s.params, self.s.grads, self.s.anchors, strict=True)):
+            self.s.steps[i] += 1
+            c = (p - self.direction(i)) - anchor
+            norms = rows(c).abs().sum(1, keepdim=True) + 1e-8
+            h = torch.sum(torch.sum(rows(g) * rows(self.cached[i]), dim=1, keepdim=True) * self.inverse[i])
+            if h > 0:
+                h = h * 1.0  # kappa
+            a, b = self.averages[i]
+            a.mul_(RADIUS_BETA1).add_(h, alpha=1 - RADIUS_BETA1)
+            b.mul_(RADIUS_BETA2).addcmul_(h, h, value=1 - RADIUS_BETA2)
+            t = STEPS + 1
+            unit = (a / (1 - RADIUS_BETA1**t)) / ((b / (1 - RADIUS_BETA2**t)).sqrt() + 1e-8)
+            # The released code hands the bound over as a tensor; torch reads it on the host.
+            self.radii[i].copy_(hardtanh(self.radii[i] - 0.0 * unit, FLOOR, norms.max().item()))
+            ratio = torch.clamp(self.radii[i] / norms, 0, 1)
+            p.copy_((rows(anchor) + ratio * rows(c)).view_as(p))
+            self.cached[i].copy_(c)
+            self.inverse[i].copy_(1 / norms)
+
+
+def official(s: State) -> Step:
+    return s.fresh(Official(s).step)
+
+
+def vectorised(s: State, *, fused: bool, compiled: bool = False) -> Step:
+    """The same step without a branch and without the cached displacement: torch's own base step, then row sums and
+    scaling tensor by tensor, the radius policy for all tensors at once. What one writes without kernels of one's own.
+    """
+    gammas = torch.empty(len(s.params), device=s.device)
+    a, b = torch.empty_like(gammas), torch.empty_like(gammas)
+
+    def reset() -> None:
+        gammas.copy_(torch.tensor(s.gammas))
+        a.zero_()
+        b.zero_()
+
+    s.resets.append(reset)
+    before, after = (torch.compile(f, dynamic=False) if compiled else f for f in (_before, _after))
+    step_base = _base(s, fused=fused)
+
+    def step() -> None:
+        bounds = gammas.unbind()
+        every = zip(s.grads, s.params, s.anchors, bounds, strict=True)
+        terms = [before(rows(g), rows(p), rows(w), r) for g, p, w, r in every]
+        step_base()
+        moved = torch._foreach_sub(s.params, s.anchors)
+        norms = [torch.linalg.vector_norm(rows(c), 1, dim=1, keepdim=True) + 1e-8 for c in moved]
+        h = torch.stack(terms)
+        a.mul_(RADIUS_BETA1).add_(h, alpha=1 - RADIUS_BETA1)
+        b.mul_(RADIUS_BETA2).addcmul_(h, h, value=1 - RADIUS_BETA2)
+        t = STEPS + 1
+        unit = (a / (1 - RADIUS_BETA1**t)) / ((b / (1 - RADIUS_BETA2**t)).sqrt() + 1e-8)
+        most = torch.stack([n.max() for n in norms])
+        torch.minimum((gammas - 0.0 * unit).clamp_min(FLOOR), most, out=gammas)
+        for p, w, c, n, r in zip(s.params, s.anchors, moved, norms, gammas.unbind(), strict=True):
+            after(rows(p), rows(w), rows(c), n, r)
+
+    return s.fresh(step)
+
+
+def _before(g: Tensor, p: Tensor, anchor: Tensor, radius: Tensor) -> Tensor:
+    d = p - anchor
+    size = torch.linalg.vector_norm(d, 1, dim=1) + 1e-8
+    return ((g * d).sum(1) / torch.minimum(size, radius)).sum()
+
+
+def _after(p: Tensor, anchor: Tensor, c: Tensor, norms: Tensor, radius: Tensor) -> None:
+    torch.addcmul(anchor, c, (radius / norms).clamp_max(1.0), out=p)
+
+
+def _base(s: State, *, fused: bool) -> Callable[[], None]:
+    """Torch's Adam or SGD on the state."""
+
+    def step_adam() -> None:
+        adam(
+            s.params, s.grads, s.first, s.second, [], s.steps, fused=fused, foreach=not fused, amsgrad=False,
+            capturable=s.device == "cuda", beta1=BETA1, beta2=BETA2, lr=s.lr, weight_decay=0.0, eps=EPS, maximize=False,
+        )  # fmt: skip
+
+    def step_sgd() -> None:
+        torch._foreach_mul_(s.first, MOMENTUM)
+        torch._foreach_add_(s.first, s.grads)
+        torch._foreach_add_(s.params, torch._foreach_add(s.grads, s.first, alpha=MOMENTUM), alpha=-s.lr)
+
+    return step_adam if s.base == "adam" else step_sgd
+
+
+def torch_optimizer(s: State, **options: bool) -> Step:
+    """torch.optim.AdamW or SGD on the state, without projection: the yardstick."""
+    params = [nn.Parameter(p) for p in s.params]  # shares memory
+    for p, g in zip(params, s.grads, strict=True):
+        p.grad = g
+    optimizer: torch.optim.Optimizer
+    if s.base == "sgd":
+        optimizer = torch.optim.SGD(params, lr=s.lr, momentum=MOMENTUM, nesterov=True, **options)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=s.lr, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0, **options)
+    for p, m, v, step in zip(params, s.first, s.second, s.steps, strict=True):
+        adam_state = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+        optimizer.state[p] = {"momentum_buffer": m} if s.base == "sgd" else adam_state
+    return s.fresh(optimizer.step)
+
+
+class Counter(TorchDispatchMode):
+    """Counts what one step hands to torch: operations that are no views, waits for the device, bytes they move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returned = [r.alias_info for r in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in returned):
+            return result  # a view
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.waits += 1
+        self.operations += 1
+        inputs = list(_tensors((args, kwargs or {})))
+        specs = zip(args, func._schema.arguments, strict=False)
+        # The fused optimizers' schemas say that they write gradients, which they do only with a gradient scale.
+        written = [a for a, spec in specs if spec.alias_info is not None and spec.name != "grads"]
+        fresh = [] if any(alias is not None for alias in returned) else list(_tensors(result))
+        self.moved += sum(t.nbytes for t in [*inputs, *_tensors(written), *fresh])
+        return result
+
+    @classmethod
+    def of(cls, step: Step) -> Counter:
+        """The counts of a step that has run before."""
+        step()
+        with cls() as counter:
+            step()
+        return counter
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
