@@ -88,4 +88,9 @@ struct FtpTensors {
     const float* found_inf;
 };
 
+// All of one pair of types: weights f32, or f16 or bf16 with moments f32 or the weights' type; radii f32. The workspace
+// is aligned to 16 bytes and holds 16 for each row, or each 8192 elements of a longer one, and 8 for each parameter.
+void ftp_step_cuda(const std::vector<AnchoredParameter>& parameters, const BaseSettings& base, const RadiusRule& rule,
+                   const FtpTensors& tensors, void* workspace, std::intptr_t stream);
+
 }  // namespace clk
