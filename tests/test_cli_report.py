@@ -43,6 +43,18 @@ def result(method: str, seed: int, *, tasks: int = 3, subspace: bool = False, **
     }  # fmt: skip
 
 
+def shifted(clean: float, seed: int) -> dict[str, Any]:
+    """What eval_shift adds, with made-up numbers that fall with severity."""
+    draw = random.Random(seed)
+    families = {n: [round(clean * (1 - 0.1 * s * draw.random()), 4) for s in range(1, 6)] for n in ("fog", "jpeg")}
+    mean = sum(v for values in families.values() for v in values) / 10
+    return {
+        "clean": clean, "mean": mean, "relative": mean / clean, "families": families,
+        "severities": [sum(v) / 2 for v in zip(*families.values(), strict=True)],
+        "groups": {"weather": sum(families["fog"]) / 5, "digital": sum(families["jpeg"]) / 5},
+    }  # fmt: skip
+
+
 class Page(html.parser.HTMLParser):
     """A strict reader: every tag is closed in order, ids are unique, references stay inside the page."""
 
@@ -166,6 +178,44 @@ def test_quick_results_are_marked() -> None:
 def test_a_control_that_protects_nothing_shows_no_subspace() -> None:
     assert "is protected" in Page(render([result("null-space", 0, subspace=True)], plot=False)).text
     assert "is protected" not in Page(render([result("matched-lr", 0, subspace=True)], plot=False)).text
+
+
+@pytest.mark.parametrize("plot", [True, False])
+def test_in_and_out_of_distribution_side_by_side(plot: bool) -> None:
+    if plot:
+        needs_matplotlib()
+    results = [result(m, s) for m in ("full", "ftp") for s in range(2)]
+    for number, one in enumerate(results[:3]):  # the last was run without: its method is shown by the other seed
+        one["shift"] = shifted(one["average_accuracy"], number)
+    text = render([*results, result("linear", 0, shift=None)], plot=plot)
+    page = Page(text)
+    words = page.text
+    assert "In and out of distribution" in words
+    shifts = [one["shift"] for one in results[:2]]
+    for values in (
+        [part["clean"] for part in shifts],
+        [part["mean"] for part in shifts],
+        [part["relative"] for part in shifts],
+        [part["groups"]["weather"] for part in shifts],
+        *([part["families"]["jpeg"][i] for part in shifts] for i in range(5)),
+    ):
+        spread = Spread.of(values)
+        assert spread is not None
+        assert spread.text() in words
+    assert f"{100 * results[2]['shift']['mean']:.1f}" in words
+    assert "Corrupted images: accuracy (%)" in words
+    assert len(page.all("svg")) == (2 + 3 + 1 + 2 if plot else 0), "a curve for all, a map for each of the two"
+    if plot:
+        assert "severity of the corruption" in text
+        severities = [sum(part["severities"][4] for part in shifts) / 2]
+        assert f"{100 * severities[0]:.1f}" in text
+    ids = [str(a["id"]) for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_without_corrupted_images_nothing_is_said_of_them() -> None:
+    words = Page(render([result("full", 0, shift=None), result("full", 1)], plot=False)).text
+    assert "orrupted" not in words
 
 
 def test_hostile_names_stay_text() -> None:

@@ -98,6 +98,12 @@ def test_kill_9_with_every_kind_of_memory(method: str, options: dict[str, Any], 
     survive(server, tmp_path, 3, 4, method=method, checkpoint_steps=1, epochs=3, options=options)
 
 
+def test_kill_9_while_corrupted_images_are_evaluated(server: Server, tmp_path: Path) -> None:
+    """Most of such a run is the evaluation at its end; every family that is finished is kept."""
+    pytest.importorskip("PIL", reason="two of the corruptions go through Pillow")
+    survive(server, tmp_path, 4, 5, method="linear", epochs=1, checkpoint_minutes=0.0, eval_shift=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["nsp2-exact", "matched-lr", "joint", "linear"])
 def test_kill_9_of_the_other_methods(method: str, server: Server, tmp_path: Path) -> None:
