@@ -14,7 +14,7 @@ above 1e-8 is a radius like any other, and a zero anchor needs no exchange becau
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +46,22 @@ __all__ = [
     "SECOND",
     "SQUARES",
     "TINY",
+    "Decision",
+    "Parts",
     "as_rows",
+    "decided",
     "displacement_products",
     "ftp_adam_step_",
     "ftp_sgd_step_",
+    "hit_rows",
+    "measured",
     "project_to_anchor",
+    "raised",
     "rescale_",
     "row_norms",
+    "settled",
+    "summed",
+    "write",
 ]
 
 # One parameter's radius state, [8]; all zero means fresh. GAMMA is after its clip; FIRST and SECOND are its moments;
@@ -142,21 +151,28 @@ def _step(s: Step, base_step: _Base) -> None:
     distinct(s)
     made: list[tuple[Tensor, Tensor]] = []
     for i, param in enumerate(s.params):
-        work = compute_dtype(s, i)
-        weight, grad = param.to(work), s.grads[i].to(work)
-        if s.grad_scale is not None:
-            grad = grad / s.grad_scale.to(work)
-        if s.maximize:
-            grad = -grad
+        weight, grad = raised(s, i)
         step = s.steps[i] + 1
         update, state = base_step(s, i, weight, grad, step)
-        new = [*state, (s.steps[i], step)]
+        made += [*state, (s.steps[i], step)]
         if param.numel():
-            new += _projected(s, i, weight, grad, update, step)
-        for target, value in new:
-            skip = s.found_inf
-            kept = value if skip is None else torch.where(skip.to(value.device).reshape(()) != 0, target, value)
-            made.append((target, kept))
+            made += _projected(s, i, weight, grad, update, step)
+    write(made, s.found_inf)
+
+
+def raised(s: Step, i: int) -> tuple[Tensor, Tensor]:
+    """Weight and gradient in the type of the arithmetic, the gradient as the base step sees it."""
+    work = compute_dtype(s, i)
+    grad = s.grads[i].to(work)
+    if s.grad_scale is not None:
+        grad = grad / s.grad_scale.to(work)
+    return s.params[i].to(work), -grad if s.maximize else grad
+
+
+def write(made: list[tuple[Tensor, Tensor]], found_inf: Tensor | None) -> None:
+    """Each value to its target, unless an infinity was found."""
+    if found_inf is not None:
+        made = [(t, torch.where(found_inf.to(t.device).reshape(()) != 0, t, value)) for t, value in made]
     for target, value in made:
         target.copy_(value)
 
@@ -165,50 +181,113 @@ def _projected(
     s: Step, i: int, weight: Tensor, grad: Tensor, update: Tensor, step: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """New values of the weight, of the anchor's buffer and of the radius."""
-    rule, norm, param, buffer = s.rule, s.rule.norm, s.params[i], s.anchors[i]
-    absent = is_absent(buffer, param)
-    radius = s.radii[i].double()
-    floored = radius[FLOORED] != 0
+    parts = measured(s, i, weight, grad, update)
+    decision = decided(s, i, summed(s, i, parts), step)
+    return settled(s, i, parts, decision, hit_rows(parts, decision).sum())
+
+
+class Parts(NamedTuple):
+    """One tensor between its base step and its radius: [R, M], and what its rows add up to, [R]."""
+
+    norm: int
+    weight: Tensor  # before the step
+    moved: Tensor  # after the base step
+    slot: Tensor  # the anchor's buffer
+    anchor: Tensor
+    c: Tensor
+    products: Tensor  # <G_i, d_i>
+    before: Tensor  # of d: sums of absolute values, or of squares
+    after: Tensor  # of c, likewise
+    pushed: Tensor  # how many elements of the gradient are not 0
+
+
+class Decision(NamedTuple):
+    """What the policy makes of the sums over all rows; numbers on the device."""
+
+    wanted: Tensor
+    record: Tensor  # the new record, but for what it says of the rows that were projected
+    rows: Tensor
+    collapsed: Tensor
+    still: Tensor
+
+
+def measured(s: Step, i: int, weight: Tensor, grad: Tensor, update: Tensor) -> Parts:
+    """What of a step is known row by row; `update` is -u."""
+    norm, param, buffer = s.rule.norm, s.params[i], s.anchors[i]
+    floored = s.radii[i][FLOORED] != 0
     w, g, u = (as_rows(x, norm) for x in (weight, grad, update))
-    slot = torch.zeros_like(w) if absent else as_rows(buffer.to(w.dtype), norm)
+    slot = torch.zeros_like(w) if is_absent(buffer, param) else as_rows(buffer.to(w.dtype), norm)
     anchor = torch.where(floored, w, slot)
     d = torch.where(floored, slot, w - slot)
-
-    gamma = radius[GAMMA].to(w.dtype)
-    nd = row_norms(d, norm) + TINY
-    terms = (g * d).sum(1) / torch.where(floored, nd, torch.minimum(gamma, nd))
-    if rule.masked:
-        terms = torch.where(floored | (nd >= gamma * (1 - MASK_SLACK)), terms, 0.0)
-    sound = torch.isfinite(terms)
-    h = torch.where(sound, terms, 0.0).double().sum().clamp(-STEEPEST, STEEPEST)
-    wanted, first, second, collapsed = _policy(rule, i, radius, h, sound.any(), step.double(), s.radii[i].dtype)
-    if absent:
-        collapsed = torch.zeros_like(collapsed)
-
     moved = torch.where(u == 0, w, w + u)  # -0.0 + 0.0 would lose the sign
     c = moved - anchor
-    n = row_norms(c, norm) + TINY
-    finite = torch.isfinite(n)
-    hit = finite & (n > wanted)
-    limit = wanted.to(w.dtype)
-    new = torch.where(hit[:, None], anchor + (limit / n)[:, None] * c, moved)
-    new = torch.where(collapsed, anchor, new)
-    kept = torch.where(collapsed, torch.where(finite[:, None], c, 0.0), anchor)
+    before, after = (x.abs().sum(1) if norm == NORMS["row_l1"] else (x * x).sum(1) for x in (d, c))
+    return Parts(norm, w, moved, slot, anchor, c, (g * d).sum(1), before, after, (g != 0).sum())
 
-    largest = torch.where(finite, n, -torch.inf).max().double()
-    clipped = torch.where(finite.any(), torch.minimum(wanted, largest), wanted)
+
+def _lengths(powers: Tensor, norm: int) -> Tensor:
+    return (powers if norm == NORMS["row_l1"] else powers.sqrt()) + TINY
+
+
+def summed(s: Step, i: int, parts: Parts) -> Tensor:
+    """Float64 [6]: h, rows with a finite term, rows with a finite norm, rows, elements pushed, the largest norm.
+
+    All but the last add up over processes that hold shards of whole rows; of the last they take the largest.
+    """
+    radius = s.radii[i]
+    floored, gamma = radius[FLOORED] != 0, radius[GAMMA].to(parts.weight.dtype)
+    nd = _lengths(parts.before, parts.norm)
+    terms = parts.products / torch.where(floored, nd, torch.minimum(gamma, nd))
+    if s.rule.masked:
+        terms = torch.where(floored | (nd >= gamma * (1 - MASK_SLACK)), terms, 0.0)
+    sound = torch.isfinite(terms)
+    n = _lengths(parts.after, parts.norm)
+    finite = torch.isfinite(n)
+    top = torch.where(finite, n, -torch.inf)
+    top = top.max() if top.numel() else n.new_full((), -torch.inf)
+    h = torch.where(sound, terms, 0.0).double().sum()
+    counts = (sound.sum(), finite.sum(), torch.full_like(parts.pushed, n.numel()), parts.pushed)
+    return torch.stack([h, *(x.double() for x in counts), top.double()])
+
+
+def decided(s: Step, i: int, sums: Tensor, step: Tensor) -> Decision:
+    """The policy's answer to `summed` of all rows of a tensor."""
+    rule, radius = s.rule, s.radii[i].double()
+    h, heard, finite, rows, pushed, top = sums.unbind()
+    h = h.clamp(-STEEPEST, STEEPEST)
+    wanted, first, second, collapsed = _policy(rule, i, radius, h, heard > 0, step.double(), s.radii[i].dtype)
+    if is_absent(s.anchors[i], s.params[i]):
+        collapsed = torch.zeros_like(collapsed)
+    clipped = torch.where(finite > 0, torch.minimum(wanted, top), wanted)
     clipped = clipped if rule.fixed_radius(i) is None else wanted
-    largest = torch.where(finite.any(), largest, radius[LARGEST])
-    share = hit.double().mean()
-    state = [clipped, first, second, largest, collapsed, h, share, radius[FIRED] + hit.any()]
-    lr = s.lr if s.lr_tensor is None else s.lr_tensor.to(w.device).reshape(())
-    still = (g == 0).all() & torch.as_tensor(lr == 0, device=w.device)
+    largest = torch.where(finite > 0, top, radius[LARGEST])
+    record = torch.stack([clipped, first, second, largest, collapsed.double(), h, torch.zeros_like(h), radius[FIRED]])
+    lr = s.lr if s.lr_tensor is None else s.lr_tensor.to(radius.device).reshape(())
+    still = (pushed == 0) & torch.as_tensor(lr == 0, device=radius.device)
+    return Decision(wanted, record, rows, collapsed, still)
+
+
+def hit_rows(parts: Parts, decision: Decision) -> Tensor:
+    """Which rows are longer than the radius; those that are not finite are not scaled."""
+    n = _lengths(parts.after, parts.norm)
+    return torch.isfinite(n) & (n > decision.wanted)
+
+
+def settled(s: Step, i: int, parts: Parts, decision: Decision, hits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """New values of the weight, the radius and the anchor's buffer; `hits`: how many of all rows are projected."""
+    param, radius, collapsed, still = s.params[i], s.radii[i].double(), decision.collapsed, decision.still
+    n = _lengths(parts.after, parts.norm)
+    limit, hit = decision.wanted.to(n.dtype), hit_rows(parts, decision)
+    new = torch.where(hit[:, None], parts.anchor + (limit / n)[:, None] * parts.c, parts.moved)
+    new = torch.where(collapsed, parts.anchor, new)
+    kept = torch.where(collapsed, torch.where(torch.isfinite(n)[:, None], parts.c, 0.0), parts.anchor)
+    record = torch.cat([decision.record[:PROJECTED], torch.stack([hits / decision.rows, radius[FIRED] + (hits > 0)])])
     results = [
-        (param, torch.where(still, w, new).reshape(param.shape)),
-        (s.radii[i], torch.where(still, radius, torch.stack([x.double() for x in state]))),
+        (param, torch.where(still, parts.weight, new).reshape(param.shape)),
+        (s.radii[i], torch.where(still, radius, record)),
     ]
-    if not absent:
-        results.append((buffer, torch.where(still, slot, kept).reshape(param.shape)))
+    if not is_absent(s.anchors[i], param):
+        results.append((s.anchors[i], torch.where(still, parts.slot, kept).reshape(param.shape)))
     return results
 
 
