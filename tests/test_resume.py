@@ -92,9 +92,18 @@ def test_kill_9_at_ten_random_moments(method: str, seed: int, server: Server, tm
 REFINED = {"refine": "gaussian", "refine_epochs": 2}
 
 
-@pytest.mark.parametrize(("method", "options"), [("gpm", {}), ("adam-nscl", {"base": "prompts"}), ("nsp2", REFINED)])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gpm", {}),
+        ("adam-nscl", {"base": "prompts"}),
+        ("nsp2", REFINED),
+        ("dualprompt", {}),
+        ("coda-prompt", {"components": 4}),
+    ],
+)
 def test_kill_9_with_every_kind_of_memory(method: str, options: dict[str, Any], server: Server, tmp_path: Path) -> None:
-    """Bases that grow, an average of moments, and Gaussians of features."""
+    """Bases that grow, an average of moments, Gaussians of features, and pools that keep or add prompts."""
     survive(server, tmp_path, 3, 4, method=method, checkpoint_steps=1, epochs=3, options=options)
 
 
