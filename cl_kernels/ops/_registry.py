@@ -53,6 +53,7 @@ class OpRecord:
     overload: Any
     reference: Kernel
     implementations: tuple[Implementation, ...]
+    details: Callable[..., str | None] | None = None
 
     def on(self, device: str) -> tuple[Implementation, ...]:
         return tuple(implementation for implementation in self.implementations if implementation.device == device)
@@ -101,13 +102,14 @@ def define(
     native_cuda: Kernel | None = None,
     triton: Kernel | None = None,
     triton_details: Callable[..., str | None] | None = None,
+    reference_details: Callable[..., str | None] | None = None,
 ) -> Any:
     """Register `cl_kernels::name` and return its overload.
 
     `signature` is the schema without the name, such as "(Tensor x) -> Tensor". `reference` takes any device and dtype;
     `triton` serves CUDA tensors, and CPU tensors when a test asks for it under `TRITON_INTERPRET=1`.
     `triton_details` is given the arguments that `explain` was given; it says what is special about them, or raises
-    `Unsupported` as the kernel would.
+    `Unsupported` as the kernel would. `reference_details` says which form plain torch takes where it has several.
     """
     choices = [
         Implementation("native", "cpu", native_cpu, _no_native) if native_cpu else None,
@@ -118,7 +120,7 @@ def define(
     implementations = tuple(choice for choice in choices if choice is not None)
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.cl_kernels, name).default
-    record = OPS[name] = OpRecord(name, overload, reference, implementations)
+    record = OPS[name] = OpRecord(name, overload, reference, implementations, reference_details)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     for device in sorted({implementation.device for implementation in implementations}):
         _LIBRARY.impl(name, functools.partial(_run, record, device, record.on(device)), device.upper())
@@ -156,7 +158,8 @@ def explain(op: str | Callable[..., Any], *args: Any) -> str:
         state = f"not used: {reason}" if reason else state
         chosen = chosen or reason is None
         lines.append(f"  {implementation.backend}: {state}")
-    lines.append(f"  reference (plain torch): {'the fallback' if chosen else 'runs'}")
+    form = record.details(*args) if record.details is not None and not chosen else None
+    lines.append(f"  reference (plain torch): {'the fallback' if chosen else 'runs'}{f' ({form})' if form else ''}")
     return "\n".join(lines)
 
 

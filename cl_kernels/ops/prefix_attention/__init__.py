@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import backend, define, register_autograd
-from cl_kernels.ops.prefix_attention import autograd, plan, reference
+from cl_kernels.ops.prefix_attention import autograd, cuda, plan, reference
 
 __all__ = ["prefix_attention"]
 
@@ -48,6 +48,9 @@ _FORWARD = define(
     "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, float scale) -> (Tensor, Tensor)",
     reference=reference.forward,
     fake=_fake,
+    triton=cuda.forward,
+    triton_details=cuda.how,
+    reference_details=plan.how,
 )
 register_autograd("prefix_attention", autograd.backward, autograd.context)
 
@@ -57,6 +60,7 @@ define(
     "float scale, bool tokens_too) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_fake_backward,
+    triton=cuda.backward,
 )
 
 
@@ -84,7 +88,7 @@ def prefix_attention(
     if not math.isfinite(factor):
         raise ValueError(f"Invalid scale value: {scale} (expected a finite number)")
     empty = any(0 in x.shape for x in inputs)
-    if empty or (backend() == "auto" and not plan.merges(q.device.type, q.shape[2], k.shape[2], prefix_k.shape[2])):
+    if empty or (backend() == "auto" and not plan.merges(*inputs)):
         return reference.concatenated(*inputs, factor)
     out: Tensor = _FORWARD(*inputs, factor)[0]
     return out
