@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from cl_kernels.optim import _gradients, _shards
+from cl_kernels.optim import _gradients
 from cl_kernels.optim._named import NamedOptimizer
 
 __all__ = ["AdamTwin", "Betas"]
@@ -91,14 +91,10 @@ class AdamTwin(NamedOptimizer):
             eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
 
-    def _checked_lists(
-        self, group: dict[str, Any], params: list[Tensor], bonds: list[Any], on_device: bool
-    ) -> tuple[list[Tensor], ...]:
-        """As `_lists`, with the parameters in front, checked, and all as the kernels take them: local shards."""
-        grads, first, second, largest, steps = self._lists(group, params, on_device)
+    def _twin_lists(self, group: dict[str, Any], params: list[Tensor], on_device: bool) -> tuple[list[Tensor], ...]:
+        """As `_lists`, checked: kernels that get addresses cannot tell."""
+        lists = self._lists(group, params, on_device)
+        grads, first, second, largest, _ = lists
         for i, p in enumerate(params):
             _gradients.check_memory(self._names.get(p, ""), p, (grads[i], first[i], second[i], *largest[i : i + 1]))
-        lists = (params, grads, first, second, largest, steps)
-        if any(map(_shards.is_sharded, params)):
-            return tuple(map(_shards.all_local, lists))
         return lists

@@ -178,5 +178,4 @@ class ProjectedOptimizer(NamedOptimizer):
 
 def _all_known(names: set[str], what: str) -> None:
     if names:
-        few = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise SubspaceMismatchError(f"{what}: {few}; pass strict=False to go on regardless")
+        raise SubspaceMismatchError(f"{what}: {_names.few(names)}; pass strict=False to go on regardless")

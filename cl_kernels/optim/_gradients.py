@@ -36,7 +36,7 @@ def check_state(names: Mapping[Tensor, str], states: Mapping[Tensor, Mapping[str
     """Raise `ValueError` for moments of another shape than their parameter's: torch finds that in the next step."""
     for parameter, state in states.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and key != "step" and value.shape != parameter.shape:
+            if isinstance(value, Tensor) and key not in ("step", "radius", "fired") and value.shape != parameter.shape:
                 raise ValueError(
                     f"{names.get(parameter, 'a parameter')} has shape {tuple(parameter.shape)}, but its {key} in the "
                     f"state {tuple(value.shape)}"

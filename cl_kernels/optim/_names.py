@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from cl_kernels.subspace._names import plain_name
 
-__all__ = ["grouped", "named", "plain_name", "rebind", "settle"]
+__all__ = ["few", "grouped", "named", "plain_name", "rebind", "settle"]
 
 
 def named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
     """Names by parameter, of a module or of what `named_parameters()` gave."""
     pairs = model.named_parameters() if isinstance(model, nn.Module) else model
     return {parameter: plain_name(name) for name, parameter in pairs}
+
+
+def few(names: Iterable[str]) -> str:
+    """Up to five names, and how many more."""
+    found = sorted(names)
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def grouped(param_groups: list[dict[str, Any]]) -> Iterator[Tensor]:

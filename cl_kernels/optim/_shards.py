@@ -17,7 +17,21 @@ from torch import Tensor
 from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.ops.projection import matrix_shape
 
-__all__ = ["agree", "all_local", "check_placements", "flattened", "is_sharded", "local", "whole"]
+__all__ = [
+    "agree",
+    "all_local",
+    "by_mesh",
+    "check_placements",
+    "flattened",
+    "is_sharded",
+    "like",
+    "local",
+    "offset",
+    "rows",
+    "shard_groups",
+    "summed",
+    "whole",
+]
 
 _FLAT_NAMES = ("_flat_param", "_fsdp_wrapped_module")
 FLATTENED = (
@@ -79,6 +93,32 @@ def check_placements(name: str, parameter: Tensor, left: int | None, right: int 
             )
 
 
+def rows(name: str, parameter: Tensor) -> slice | None:
+    """The rows of a DTensor's first dimension that this process holds; None where it holds all, or of a plain tensor.
+
+    Raises `SubspaceMismatchError` for placements that cut rows: their norms would be those of pieces.
+    """
+    if not is_sharded(parameter):
+        return None
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    here: Sequence[int] = mesh.get_coordinate()
+    start, stop = 0, parameter.shape[0] if parameter.ndim else 1
+    cut = False
+    for axis, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
+        if placement.is_replicate() or mesh.size(axis) == 1:
+            continue
+        if type(placement).__name__ != "Shard" or placement.dim % max(parameter.ndim, 1) != 0:
+            raise SubspaceMismatchError(
+                f"{name}: {tuple(parameter.shape)} is placed {placement}, which cuts rows or interleaves them; only "
+                "shards of whole rows (dimension 0), as `fully_shard` makes them, can be held to an anchor"
+            )
+        size = -(-(stop - start) // mesh.size(axis))  # as torch.chunk cuts: the last shards may be short or empty
+        first = min(start + here[axis] * size, stop)
+        start, stop = first, min(first + size, stop)
+        cut = True
+    return slice(start, stop) if cut else None
+
+
 def _dimensions(shape: Sequence[int], left: int | None, right: int | None) -> tuple[set[int], set[int]]:
     """The dimensions that `matrix_shape` makes rows of, and columns."""
     n = len(shape)
@@ -93,6 +133,57 @@ def flattened(names: Iterable[str], parameter: Tensor | None, left: int | None, 
     if parameter is not None and parameter.ndim == 1 and matrix_shape(parameter.shape, left, right) is None:
         return FLATTENED
     return ""
+
+
+def like(shard: Tensor, parameter: Tensor) -> Tensor:
+    """`shard` as a DTensor placed as the parameter is; of a plain parameter as it is."""
+    kind = _dtensor()
+    if kind is None or not isinstance(parameter, kind):
+        return shard
+    made: Tensor = kind.from_local(  # type: ignore[attr-defined]
+        shard, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,  # type: ignore[attr-defined]
+        stride=parameter.stride(),
+    )  # fmt: skip
+    return made
+
+
+def shard_groups(parameter: Tensor) -> list[Any]:
+    """The process groups over which the parameter is cut, one for each axis of its mesh that cuts it."""
+    if not is_sharded(parameter):
+        return []
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    placements = enumerate(parameter.placements)  # type: ignore[attr-defined]
+    return [mesh.get_group(axis) for axis, placement in placements if placement.is_shard() and mesh.size(axis) > 1]
+
+
+def by_mesh(parameters: Sequence[Tensor]) -> list[tuple[list[Any], list[int]]]:
+    """(process groups, places in the list) of the parameters that are cut, together where the groups are the same."""
+    meshes: dict[tuple[int, ...], tuple[list[Any], list[int]]] = {}
+    for i, parameter in enumerate(parameters):
+        if groups := shard_groups(parameter):
+            meshes.setdefault(tuple(map(id, groups)), (groups, []))[1].append(i)
+    return list(meshes.values())
+
+
+def summed(values: Tensor, parameters: Sequence[Tensor], largest: bool = False) -> Tensor:
+    """`values` [L, ...], one entry a parameter, added up over the processes that hold its shards; or the `largest`.
+
+    One call for each mesh; every process of it must take part.
+    """
+    how = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+    values = values.clone()
+    for groups, entries in by_mesh(parameters):
+        part = values[entries]
+        for group in groups:
+            torch.distributed.all_reduce(part, how, group=group)
+        values[entries] = part
+    return values
+
+
+def offset(parameter: Tensor) -> int:
+    """The place of this process's first element in the whole parameter."""
+    here = rows("", parameter)
+    return 0 if here is None else int(here.start) * (parameter.numel() // max(parameter.shape[0], 1))
 
 
 def agree(found: Tensor, parameters: Iterable[Tensor]) -> Tensor:

@@ -75,6 +75,15 @@ class ProjectedAdam(AdamTwin, ProjectedOptimizer):
         for group in self.param_groups:
             group.setdefault("project_decay", True)
 
+    def _checked_lists(
+        self, group: dict[str, Any], params: list[Tensor], bonds: list[Prepared], on_device: bool
+    ) -> tuple[list[Tensor], ...]:
+        """The parameters and what belongs to them, as the kernels take them: local shards."""
+        lists = (params, *self._twin_lists(group, params, on_device))
+        if any(map(_shards.is_sharded, params)):
+            return tuple(map(_shards.all_local, lists))
+        return lists
+
     def _bound(
         self,
         group: dict[str, Any],

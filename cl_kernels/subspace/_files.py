@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cl_kernels.errors import CheckpointError
 
-__all__ = ["load_tensors", "save_tensors", "write_atomically"]
+__all__ = ["load_tensors", "open_slices", "save_tensors", "write_atomically"]
 
 _writing: set[str] = set()  # names of this process' temporary files
 _MAGIC = {
@@ -86,6 +87,22 @@ def load_tensors(
         raise CheckpointError(
             f"{target}: expected a safetensors file of format {kind!r}, but it is damaged: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def open_slices(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Anybody's safetensors file, memory-mapped: `keys()` and `get_slice(key)` read what is asked for and no more.
+
+    Raises `CheckpointError` naming the path for a missing, damaged or foreign file and for a pickle.
+    """
+    target = Path(path)
+    _refuse_foreign(target)
+    try:
+        file = safe_open(target, framework="pt", device="cpu")
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{target}: expected a safetensors file, but it is damaged: {error}") from error
+    with file as opened:
+        yield opened
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -1,0 +1,341 @@
+"""What FTPAdamW and FTPSGD share: learned radii around an anchor, their diagnostics and their place in a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_kernels.ops.weight_projection import FIRED, FLOORED, GAMMA, GRADIENT, NORMS, PROJECTED, rule_of
+from cl_kernels.optim import _anchors, _names, _sharded_radii, _shards
+from cl_kernels.optim._anchored import AnchoredOptimizer, Anchors, Held
+
+__all__ = ["Lists", "RadiusOptimizer"]
+
+_16 = (torch.bfloat16, torch.float16)
+SLOT = "anchor_slot"  # in a checkpoint: c of a tensor at its floor
+
+
+class Lists(NamedTuple):
+    """What one group's step works on; `weights` are the parameters, or float32 masters of 16-bit ones. All local."""
+
+    params: list[Tensor]
+    weights: list[Tensor]
+    grads: list[Tensor]
+    firsts: list[Tensor]
+    seconds: list[Tensor]
+    largests: list[Tensor]
+    steps: list[Tensor]
+    slots: list[Tensor | None]
+    records: list[Tensor]
+
+    def only(self, which: Sequence[int]) -> Lists:
+        """The entries at these places; a list that there is none of stays empty."""
+        return Lists(*([field[i] for i in which] if field else [] for field in self))  # type: ignore[arg-type]  # alike
+
+
+class RadiusOptimizer(AnchoredOptimizer):
+    """An anchored optimizer that keeps each row of W - W_0 within a radius that it learns, one for each tensor."""
+
+    _OWN = (*AnchoredOptimizer._OWN, "_full_state", "_unopened")
+
+    def __init__(self, params: Any, defaults: dict[str, Any], full_state: bool, *anchoring: Any) -> None:
+        self._versions: dict[Tensor, int] = {}  # of the weights as the last step left them
+        self._full_state = full_state
+        self._unopened = False  # anchors that need not be where the weights are, and no step since
+        super().__init__(params, defaults, *anchoring)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["norm"] not in NORMS:
+            raise ValueError(f"Invalid norm value: {group['norm']!r} (expected one of {', '.join(map(repr, NORMS))})")
+        if group["radius"] is not None and not group["radius"] >= 0.0:
+            raise ValueError(f"Invalid radius value: {group['radius']} (expected None, or 0 or more)")
+        if not 0.0 <= group["radius_lr"] < math.inf:
+            raise ValueError(f"Invalid radius_lr value: {group['radius_lr']} (expected 0 or more)")
+        rule_of(1, group["kappa"], group["radius_lr"], False, group["radius_floor"], None, group["norm"])
+
+    def set_anchors(self, anchors: Anchors = "init", *, strict: bool = True) -> None:
+        super().set_anchors(anchors, strict=strict)
+        self._unopened = not isinstance(anchors, str) or anchors != "init"
+
+    # -- what it learned ----------------------------------------------------------------------------------------------
+
+    def radii(self) -> dict[str, float]:
+        """The radius of each parameter by name: 0 before its first step, `radius_floor` at its floor."""
+        fixed = {p: group["radius"] for group in self.param_groups for p in group["params"]}
+        labels, learned = self._labels(), self._read(GAMMA)
+        given = {labels[p]: float(fixed[p]) for p, _ in self._present() if fixed[p] is not None}
+        return {labels[p]: learned.get(labels[p], 0.0) for p, _ in self._present()} | given
+
+    def projected_fraction(self) -> dict[str, float]:
+        """By name, the share of rows that the last step scaled back to the radius."""
+        return self._read(PROJECTED)
+
+    def radius_gradients(self) -> dict[str, float]:
+        """By name, the h of the last step, before `kappa`: above 0 where moving outward raised the loss."""
+        return self._read(GRADIENT)
+
+    def fire_rate(self) -> dict[str, float]:
+        """By name, the share of all steps in which any row was scaled: 0 says that the method does nothing."""
+        steps = [self.state[p]["step"] for p, _ in self._stepped()]
+        counts = torch.stack([step.to(steps[0].device) for step in steps]).tolist() if steps else []
+        fired = self._read(FIRED)
+        return {name: fired[name] / max(count, 1.0) for name, count in zip(fired, counts, strict=True)}
+
+    def floor_rate(self) -> float:
+        """The share of parameters that lie on their anchor now: an ordinary state, but one to know of."""
+        found = self._read(FLOORED).values()
+        return sum(found) / max(len(found), 1)
+
+    def _read(self, column: int) -> dict[str, float]:
+        """One entry of every radius record, by name, in one transfer from the device."""
+        labels, stepped = self._labels(), self._stepped()
+        if not stepped:
+            return {}
+        values = torch.stack([record[column].to(stepped[0][1].device) for _, record in stepped]).tolist()
+        return {labels[p]: value for (p, _), value in zip(stepped, values, strict=True)}
+
+    def _stepped(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters with their radius records, those that have one."""
+        return [(p, held.record) for p, held in self._present() if held.record is not None and "step" in self.state[p]]
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _moments(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Gradients, first moments, second moments, their largest, steps: the base optimizer's, checked."""
+        raise NotImplementedError
+
+    def _fused(
+        self, group: dict[str, Any], lists: Lists, rule: tuple[Any, ...], scale: Tensor | None, found: Tensor | None
+    ) -> None:
+        """The step of parameters that are whole."""
+        raise NotImplementedError
+
+    def _base(self, group: dict[str, Any]) -> Any:
+        """The base step's numbers, as the room's reference takes them."""
+        raise NotImplementedError
+
+    def _checked_lists(self, group: dict[str, Any], params: list[Tensor], bonds: list[Held], on_device: bool) -> Lists:
+        if not torch.compiler.is_compiling():
+            self._watch(list(zip(params, bonds, strict=True)))
+        grads, firsts, seconds, largests, steps = self._moments(group, params)
+        records = [self._record(p, held) for p, held in zip(params, bonds, strict=True)]
+        if self._unopened:
+            self._opening(group, params, bonds)
+        weights = [self.state[p].get("master", p) for p in params]
+        slots = [held.slot for held in bonds]
+        if any(map(_shards.is_sharded, params)):
+            weights, grads, firsts = map(_shards.all_local, (weights, grads, firsts))
+            seconds, largests = map(_shards.all_local, (seconds, largests))
+        return Lists(params, weights, grads, firsts, seconds, largests, steps, slots, records)
+
+    def _record(self, p: Tensor, held: Held) -> Tensor:
+        """The radius record, made where there is none; one that a toolbox wiped with the state is found again."""
+        state = self.state[p]
+        record: Tensor | None = state.get("radius")
+        if record is None:
+            kind = torch.float64 if p.dtype is torch.float64 else torch.float32
+            device = _shards.local(p).device
+            record = torch.zeros(8, dtype=kind, device=device) if held.record is None else held.record
+            state["radius"] = record
+        if held.record is not record:
+            held.record = record
+        if record.device != _shards.local(p).device:
+            raise RuntimeError(
+                f"{held.name}: the parameter is on {p.device}, its radius on {record.device}; load its state again"
+            )
+        return record
+
+    def _bound(
+        self, group: dict[str, Any], lists: Lists, bonds: list[Held], scale: Tensor | None, found: Tensor | None
+    ) -> None:
+        speeds: float | list[float] = group["radius_lr"]
+        if group["relative_radius_lr"]:  # zero anchors have no size to be relative to
+            speeds = [group["radius_lr"] * (held.scale or 1.0) for held in bonds]
+        scale, found = _shards.local(scale), _shards.local(found)
+        cut = [i for i, p in enumerate(lists.params) if _shards.shard_groups(p)]
+        for which, sharded in (([i for i in range(len(bonds)) if i not in set(cut)], False), (cut, True)):
+            if not which:
+                continue
+            part = lists if len(which) == len(bonds) else lists.only(which)
+            each = speeds if isinstance(speeds, float | int) else [speeds[i] for i in which]
+            rule = rule_of(
+                len(which), group["kappa"], each, group["masked"], group["radius_floor"], group["radius"], group["norm"]
+            )
+            if sharded:
+                _sharded_radii.step_(group, part, self._base(group), rule, scale, found)
+            else:
+                self._fused(group, part, rule, scale, found)
+        masters = [i for i, p in enumerate(lists.params) if "master" in self.state[p]]
+        if masters:
+            here = [_shards.local(lists.params[i]) for i in masters]
+            torch._foreach_copy_(here, [lists.weights[i] for i in masters])
+        if not torch.compiler.is_compiling():
+            for p in lists.params:
+                self._versions[p] = _shards.local(p)._version
+
+    def _masters(self, group: dict[str, Any], params: list[Tensor], *moments: str) -> None:
+        """The state of 16-bit parameters in float32, with a float32 copy of the weight that the steps work on."""
+        for p in params:
+            state = self.state[p]
+            if p.dtype not in _16 or not group["master_weights"] or state:
+                continue
+            wide = [torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format) for _ in moments]
+            master = p.detach().to(torch.float32, copy=True)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_shards.local(p).device)
+            state.update(zip(moments, wide, strict=True))
+            state["master"] = master
+
+    def _opening(self, group: dict[str, Any], params: list[Tensor], bonds: list[Held]) -> None:
+        """Say that a first step returns to the anchor what has been trained already."""
+        fresh = [(p, held) for p, held in zip(params, bonds, strict=True) if held.slot is not None]
+        lr = group["lr"]
+        if torch.compiler.is_compiling() or group["radius"] is not None or (not isinstance(lr, Tensor) and lr == 0.0):
+            return
+        self._unopened = False
+        apart = [
+            (held.record[GAMMA] == 0) & (_shards.local(p) != held.slot).any()
+            for p, held in fresh
+            if held.record is not None and held.slot is not None
+        ]
+        if apart and any(moved := torch.stack(apart).tolist()):
+            which = _names.few(str(held.name) for (_, held), far in zip(fresh, moved, strict=True) if far)
+            warnings.warn(
+                f"the first step returns weights to their anchors, where every radius starts, and these are elsewhere: "
+                f"{which}. To continue a run load its state; `radius=` fixes a radius instead",
+                stacklevel=6,
+            )
+
+    # -- the floor ----------------------------------------------------------------------------------------------------
+
+    def _watch(self, pairs: list[tuple[Tensor, Held]]) -> None:
+        """Raise `RuntimeError` if a weight that lies on its anchor was edited: it is the anchor's only copy there.
+
+        Only weights whose version has changed since the last step are looked at, so an ordinary step reads nothing.
+        An edit that was taken back (an average swapped in for a test) is none.
+        """
+        edited = [(p, held) for p, held in pairs if self._versions.get(p) != _shards.local(p)._version]
+        if not edited or (edited[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        for p, _ in edited:
+            if "master" in self.state.get(p, ()):
+                master = _shards.local(self.state[p]["master"])
+                here = _shards.local(p)
+                master.copy_(torch.where(here == master.to(p.dtype), master, here.float()))
+        down = self._floored(edited)
+        for p, held in down:
+            made = Held(held.name, held.slot, _anchors.checksum(_shards.local(p).detach(), _shards.offset(p)))
+            self._agree_on({p: made})
+            if int(made.digest) != int(held.digest):
+                raise RuntimeError(
+                    f"{held.name}: the weight was edited while its radius is at the floor, where the weight itself is "
+                    "the only copy of the anchor. Call `set_anchors` with the anchors, or put the weight back; to "
+                    "return to an older checkpoint load the optimizer's state before the model's"
+                )
+
+    def _floored(self, pairs: list[tuple[Tensor, Held]]) -> list[tuple[Tensor, Held]]:
+        """Those whose anchor's memory holds c; reads the device once, if any has been stepped."""
+        known = [(p, held, held.record) for p, held in pairs if held.record is not None and held.slot is not None]
+        if not known:
+            return []
+        flags = torch.stack([record[FLOORED].to(known[0][2].device) for _, _, record in known]).tolist()
+        return [(p, held) for (p, held, _), down in zip(known, flags, strict=True) if down]
+
+    def _true(self, parameter: Tensor, held: Held) -> Tensor:
+        slot = super()._true(parameter, held)
+        if held.record is None:
+            return slot
+        here = _shards.local(parameter).detach()
+        return torch.where(held.record[FLOORED] != 0, here, slot.to(here.dtype))
+
+    def _wants_scale(self, parameter: Tensor) -> bool:
+        return any(group["relative_radius_lr"] for group in self.param_groups)
+
+    def anchors(self) -> dict[str, Tensor | None]:
+        self._watch(self._present())
+        return super().anchors()
+
+    def _anchored(self, parameter: Tensor) -> None:
+        """The radius starts again from its floor; only the count of steps in which it acted goes on."""
+        held, record = self._held[parameter], self.state.get(parameter, {}).get("radius")
+        self._versions.pop(parameter, None)
+        if record is not None:
+            record[:FIRED] = 0
+            held.record = record
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, include_anchors: bool = False) -> dict[str, Any]:
+        """torch's state dict with the radii, c of tensors at their floor, and fingerprints of the anchors by name; on
+        request the anchors themselves. Reads the floors from the device."""
+        self._watch(self._present())
+        state = super().state_dict(include_anchors=include_anchors)
+        down = {p for p, _ in self._floored(self._present())}
+        for i, p in enumerate(_names.grouped(self.param_groups)):
+            held = self._held.get(p)
+            if held is not None and held.slot is not None and i in state["state"] and (self._full_state or p in down):
+                state["state"][i] = state["state"][i] | {SLOT: _shards.like(held.slot.clone(), p)}
+        return state
+
+    def _before_load(self, state_dict: dict[str, Any]) -> None:
+        if "tensors" not in state_dict.get("anchors", {}):
+            self._watch(self._present())
+
+    @torch.no_grad()
+    def _loaded(self, state_dict: dict[str, Any], before: dict[Tensor, Held]) -> None:
+        """Undo torch's casts to the parameters' dtype, and give each slot what belongs there."""
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        self._versions = {}
+        for index, p in zip(ids, _names.grouped(self.param_groups), strict=True):
+            entry, held, state = state_dict["state"].get(index, {}), self._held.get(p), self.state.get(p, {})
+            state.pop(SLOT, None)
+            if held is None:  # excluded now
+                for key in ("radius", "master"):
+                    state.pop(key, None)
+            if held is None or not entry:
+                continue
+            for key, value in entry.items():
+                wide = isinstance(value, Tensor) and value.dtype is torch.float32 and p.dtype in _16
+                if key in ("radius", "master") or (wide and key not in ("step", SLOT)):
+                    state[key] = value.detach().to(_shards.local(p).device, copy=True)
+            if "radius" in entry:
+                self._settle(p, held, state["radius"], entry.get(SLOT))
+
+    def _settle(self, p: Tensor, held: Held, record: Tensor, saved: Tensor | None) -> None:
+        """Put the true anchor into the slot if c is there, then the c that was saved. Without one (distributed
+        checkpoints drop it unless full_state) the next h is 0, as for a tensor that has not moved."""
+        slot = held.slot
+        if slot is not None:
+            if held.record is not None:
+                down = held.record[FLOORED].to(slot.device) != 0
+                slot.copy_(torch.where(down, _shards.local(p).to(slot.dtype), slot))
+            if saved is None:
+                record[FLOORED] = 0.0
+            else:
+                slot.copy_(_shards.local(saved))
+        held.record = record
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions, self._left_out = {}, {}
+        for group in self.param_groups:
+            for key, value in _DEFAULTS.items():
+                group.setdefault(key, value)
+
+
+_DEFAULTS = {
+    "kappa": 1.0,
+    "radius_lr": 1e-2,
+    "relative_radius_lr": False,
+    "masked": False,
+    "radius_floor": 1e-8,
+    "norm": "row_l1",
+    "radius": None,
+    "master_weights": True,
+}
