@@ -27,6 +27,9 @@ from cl_kernels.methods import HeadMethod
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
+TAUGHT = {"kdp": {"teacher": "embedded-small"}}
+
+
 def run(method: str = "sequential", **changes: Any) -> dict[str, Any]:
     return continual.run(tiny_config(method, **changes), data=tiny_data(), backbone=tiny_backbone())
 
@@ -38,7 +41,7 @@ def comparable(results: dict[str, Any]) -> str:
 class TestResults:
     @pytest.mark.parametrize("name", methods.names())
     def test_layout(self, name: str, tmp_path: Path) -> None:
-        found = run(name, out=tmp_path)
+        found = run(name, out=tmp_path, **TAUGHT.get(name, {}))
         assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found))
         assert (found["version"], found["method"], found["seed"], found["stream"]) == (1, name, 0, "class")
         matrix = found["accuracy_matrix"]
@@ -57,8 +60,10 @@ class TestResults:
         assert 0 <= drift["final_cosine"] <= 2
         protects = name in ("nsp2", "nsp2-exact", "null-space", "adam-nscl", "gpm", "inf-lora", "matched-lr")
         assert [bool(part) for part in found["subspace"]] == [protects] * 3
-        assert [len(part) for part in found["loss"]] == [0 if name == "class-mean" else 3] * 3
-        assert all(part[-1] < part[0] for part in found["loss"][:1] if part), "the first task trains unprojected"
+        assert [len(part) for part in found["loss"]] == [{"class-mean": 0, "kdp": 6}.get(name, 3)] * 3
+        assert [found[part] is not None for part in ("teacher", "student")] == [name in TAUGHT] * 2
+        phase = found["loss"][0][:3]
+        assert not phase or phase[-1] < phase[0], "the first task trains unprojected"
         assert (found["parameters"]["trainable"][0] > 0) is True
         assert found["seconds"]["total"] > 0
         assert found["tasks"][0]["train"] == 20

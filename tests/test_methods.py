@@ -47,16 +47,27 @@ class Toy:
 TASKS = (Toy(0, (3, 1)), Toy(1, (0, 4)), Toy(2, (2, 5), last=True))
 
 
+def created(name: str, backbone: Any = None, **options: Any) -> methods.Method:
+    """A method on a tiny model, with a wider one as its teacher where it needs one."""
+    method = methods.create(name, tiny_model() if backbone is None else backbone, **options)
+    if method.needs_teacher:
+        method.set_teacher(tiny_model(dim=48), lambda images: images)
+    return method
+
+
 def train(method: methods.Method, task: Toy, steps: int = 4) -> None:
     method.begin_task(task)
     images, labels = task.images()
-    for step in range(steps):
-        if method.optimizer is None:
-            break
-        rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(step))[:8]
-        method.optimizer.zero_grad()
-        method.loss((images[rows], labels[rows])).backward()
-        method.optimizer.step()
+    for phase in range(len(method.phases)):
+        if phase:
+            method.begin_phase(phase)
+        for step in range(steps):
+            if method.optimizer is None:
+                break
+            rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(step))[:8]
+            method.optimizer.zero_grad()
+            method.loss((images[rows], labels[rows])).backward()
+            method.optimizer.step()
     method.end_task(task, task.batches())
 
 
@@ -250,7 +261,7 @@ class TestBodies:
     def test_only_what_should_train_trains(self, name: str) -> None:
         backbone = tiny_model()
         before = {key: value.clone() for key, value in backbone.state_dict().items()}
-        method = methods.create(name, backbone)
+        method = created(name, backbone)
         for task in TASKS[:2]:
             train(method, task)
         after = {key.replace(".base.", "."): value for key, value in backbone.state_dict().items()}  # LoRA wraps layers
@@ -270,6 +281,8 @@ class TestBodies:
         elif name in ("l2p", "dualprompt", "coda-prompt"):
             assert names
             assert all(part.startswith("pool.") for part in names)
+        elif name == "kdp":
+            assert {part.split(".")[0] for part in names} == {"pool", "kd", "kd_heads"}
         else:
             assert names == expected.get(name, prompts)
 
@@ -427,7 +440,7 @@ class TestState:
 
         def fresh() -> methods.Method:
             torch.manual_seed(0)
-            return methods.create(name, tiny_model(), schedule="cosine", **options)
+            return created(name, schedule="cosine", **options)
 
         def steps(method: methods.Method, task: Toy, which: range) -> None:
             images, labels = task.images()
@@ -442,6 +455,9 @@ class TestState:
 
         def tail(method: methods.Method) -> dict[str, Any]:
             steps(method, TASKS[1], range(2, 5))
+            for phase in range(1, len(method.phases)):
+                method.begin_phase(phase)
+                steps(method, TASKS[1], range(5))
             method.end_task(TASKS[1], TASKS[1].batches())
             train(method, TASKS[2])
             return method.state_dict()
@@ -453,7 +469,7 @@ class TestState:
         saved = snapshot(straight)
         expected = tail(straight)
         torch.manual_seed(99)
-        resumed = methods.create(name, tiny_model(), schedule="cosine", **options)
+        resumed = created(name, schedule="cosine", **options)
         resumed.load_state_dict(saved)
         again = tail(resumed)
         assert expected["parameters"].keys() == again["parameters"].keys()

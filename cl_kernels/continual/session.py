@@ -16,6 +16,7 @@ from cl_kernels.continual import stream, transforms
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.environment import pick_device, pick_precision
 from cl_kernels.continual.feed import Feed, Pool, Segment
+from cl_kernels.data.architectures import architecture_of
 from cl_kernels.data.preprocess import translated
 from cl_kernels.ops._registry import backend
 
@@ -114,6 +115,7 @@ def _teach(
         if method.needs_teacher:
             raise ValueError(f"teacher: {config.method} needs one: a backbone larger than {config.backbone!r}")
         return
+    architecture_of(config.backbone, method.backbone)  # refuses now what could not be written at the end
     model, wanted = image_data.load_backbone(config.teacher, config.teacher_weights)
     digests.append(_digest_model(model))
     method.set_teacher(model.to(device), lambda images: translated(images, preprocess, wanted))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl_kernels.methods._heads import Heads
 from cl_kernels.methods._options import Options, count, number, require
 from cl_kernels.methods._pools import PoolMethod, PoolOptions
-from cl_kernels.methods._task import Batch, Task
+from cl_kernels.methods._task import Batch, Batches, Task
 from cl_kernels.methods._teacher import Teacher
 from cl_kernels.methods.coda_prompt import CODAPromptOptions
 from cl_kernels.methods.dualprompt import DualPromptOptions
@@ -190,6 +190,14 @@ class KDP(PoolMethod):
         self._teacher().rest()
         self.phase = phase
         self._make_optimizer()
+
+    def end_task(self, task: Task, loader: Batches) -> None:
+        """End it for both models. Raises `RuntimeError` where the student's phase has not begun."""
+        if self._of_teacher():
+            raise RuntimeError(
+                f"end_task: the student has not learned task {self.tasks[-1].index}; begin_phase(1) first"
+            )
+        super().end_task(task, loader)
 
     def _start(self, task: Task) -> None:
         super()._start(task)
