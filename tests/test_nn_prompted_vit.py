@@ -102,8 +102,11 @@ def test_without_prompts_it_is_the_timm_model(options: dict[str, object]) -> Non
     assert list(model.prompts) == []
 
 
-@pytest.mark.parametrize("placement", ["append", "prepend"])
-@pytest.mark.parametrize("depth", ["deep", "shallow", range(1, 3)], ids=str)
+PLACED = [("deep", "append"), ("deep", "prepend"), ("deep", "prefix"), ("shallow", "append"), ("shallow", "prepend")]
+PLACED += [(range(1, 3), "append"), (range(1, 3), "prepend")]
+
+
+@pytest.mark.parametrize(("depth", "placement"), PLACED, ids=str)
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_prompted_features_and_gradients_are_those_of_the_definition(
     options: dict[str, object], depth: str | range, placement: str
@@ -241,7 +244,7 @@ def test_mass_from_log_sum_exp_on_unit_normal_scores(dtype: torch.dtype, bound: 
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not fused:
-                patch.setattr(_attention, "_fused", lambda *_: None)
+                patch.setattr(_attention._tokens, "fused", lambda *_: None)
             out, mass = _attention.attend_with_mass(q, keys, values, prompt, 0.25)
         assert (mass.double() - exact[..., 33:]).norm() <= bound * exact[..., 33:].norm()
         assert (out.double() - exact @ values.double()).norm() <= bound * out.norm()
@@ -343,7 +346,7 @@ REFUSED = {
     "post norm": ({"block_fn": ResPostBlock}, {}, "block 0"),
     "parallel": ({"block_fn": ParallelScalingBlock}, {}, "ParallelScalingBlock"),
     "differential": ({"attn_layer": "diff"}, {}, "differential"),
-    "prefix": ({}, {"placement": "prefix"}, "prefix attention"),
+    "shallow prefix": ({}, {"placement": "prefix", "depth": "shallow"}, "placement: shallow"),
     "placement": ({}, {"placement": "middle"}, "placement"),
     "depth": ({}, {"depth": "wide"}, "depth"),
     "empty depth": ({}, {"depth": range(0)}, "distinct block indices"),
@@ -424,9 +427,9 @@ def test_mass_in_pieces_and_without_a_kernel(dtype: torch.dtype, monkeypatch: py
     exact = (q.double() @ keys.double().mT / 4).softmax(-1)[..., 9:]
     for piece in (1, 2 * 2 * 9 * 16 * 4, 1 << 30):
         monkeypatch.setattr(_attention, "PIECE_BYTES", piece)
-        for fused in (_attention._fused, lambda *_: None):
+        for fused in (_attention._tokens.fused, lambda *_: None):
             with monkeypatch.context() as patch:
-                patch.setattr(_attention, "_fused", fused)
+                patch.setattr(_attention._tokens, "fused", fused)
                 _, mass = _attention.attend_with_mass(q, keys, values, k[:, :, :3], 0.25)
             assert mass.dtype == torch.float32
             assert (mass.double() - exact).norm() <= (2e-6 if dtype == torch.float32 else 2e-5) * exact.norm()
@@ -501,8 +504,8 @@ def test_both_gpu_kernels_give_the_same_log_sum_exp(monkeypatch: pytest.MonkeyPa
     q, k, v = (torch.randn(2, 4, 45, 64, device="cuda", dtype=torch.float16) for _ in range(3))
     exact = (q.double() @ k.double().mT / 8).logsumexp(-1)
     for widest in (256, 0):
-        monkeypatch.setattr(_attention, "FUSED_HEAD_DIM", widest)
-        found = _attention._fused(q, k, v, 0.125)
+        monkeypatch.setattr(_attention._tokens, "FUSED_HEAD_DIM", widest)
+        found = _attention._tokens.fused(q, k, v, 0.125)
         assert found is not None
         assert found[1].shape == exact.shape
         assert found[1].dtype == torch.float32
@@ -522,7 +525,7 @@ def test_mass_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
     q, k, v = (torch.randn(2, 4, 197, 64, device="cuda", dtype=dtype) for _ in range(3))
     prompt = torch.randn(1, 4, 4, 64, device="cuda", dtype=dtype)
     keys, values = torch.cat((k, prompt.expand(2, -1, -1, -1)), 2), torch.cat((v, prompt.expand(2, -1, -1, -1)), 2)
-    assert _attention._fused(q, keys, values, 0.125) is not None
+    assert _attention._tokens.fused(q, keys, values, 0.125) is not None
     out, mass = _attention.attend_with_mass(q, keys, values, prompt, 0.125)
     exact = (q.double() @ keys.double().mT / 8).softmax(-1)
     assert (mass.double() - exact[..., 197:]).norm() <= bound * exact[..., 197:].norm()

@@ -5,14 +5,14 @@ Blocks and attention modules are typed `Any`: they belong to timm, which is impo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FUSED_HEAD_DIM = 256  # the widest head of torch's flash attention; its memory-efficient one has no limit
+from cl_kernels.ops.prefix_attention import tokens as _tokens
+
 PIECE_BYTES = 16 << 20  # of queries that are widened at a time
 
 __all__ = [
@@ -116,7 +116,7 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, prompt_key: Tensor, scale:
     The output keeps its gradient; S_P is detached. Where fused attention gives its log-sum-exp, no map is formed.
     """
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # autocast would round the scores to 16 bits
-        fused = _fused(q.detach(), k.detach(), v.detach(), scale)
+        fused = _tokens.fused(q.detach(), k.detach(), v.detach(), scale)
         lse = _log_sum_exp(q, k, scale) if fused is None else fused[1]
         mass = _columns(q, prompt_key, lse, scale)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
@@ -155,34 +155,6 @@ def _float32_products_are_exact(device: torch.device) -> bool:
         return not allowed and torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set through the newer fp32_precision names, which refuse to be read through the older ones
         return False
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp [B, H, N] from torch's own kernels, looked up at run time; None where there is none.
-
-    On CUDA flash attention takes 16-bit heads up to 256 wide (a multiple of 8, which it pads to itself only through the
-    public function) on sm_80 and later; the memory-efficient kernel takes float32 as well and any width. Both give
-    the natural log of the sum of exp(scale q k), in float32; the latter pads its rows to a multiple of 32. float64 has
-    neither. What a kernel refuses falls to the next, and out of memory to the caller.
-    """
-    aten: Any = torch.ops.aten
-    calls: list[Callable[[], tuple[Tensor, Tensor]]] = []
-    if q.device.type == "cpu":
-        calls = [lambda: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[:2]]
-    elif q.device.type == "cuda" and 0 not in q.shape:
-        half, width = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1]
-        if half and width % 8 == 0 and width <= FUSED_HEAD_DIM:
-            calls.append(lambda: aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2])
-        calls.append(lambda: aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2])
-    for call in calls:
-        try:
-            out, lse = call()
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, NotImplementedError, TypeError):
-            continue
-        return out, lse[..., : q.shape[-2]]
-    return None
 
 
 def finish(attention: Any, mixed: Tensor, tokens: Tensor) -> Tensor:

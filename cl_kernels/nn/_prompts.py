@@ -51,12 +51,12 @@ def check_options(model: Any, prompts: int, depth: str | Sequence[int], placemen
         raise ValueError("timm_model: it does not pool (global_pool=''); create it with global_pool='token' or 'avg'")
     if isinstance(prompts, bool) or not isinstance(prompts, int) or prompts < 0:
         raise ValueError(f"prompts: expected a whole number >= 0, got {prompts!r}")
-    if placement == "prefix":
+    if placement not in ("append", "prepend", "prefix"):
+        raise ValueError(f"placement: expected 'append', 'prepend' or 'prefix', got {placement!r}")
+    if placement == "prefix" and depth == "shallow":
         raise ValueError(
-            "placement: 'prefix' comes with prefix attention, in a later release; use 'append' or 'prepend'"
+            "placement: shallow prompts are tokens that travel on, not a prefix; use 'append' or 'prepend'"
         )
-    if placement not in ("append", "prepend"):
-        raise ValueError(f"placement: expected 'append' or 'prepend', got {placement!r}")
     count = len(model.blocks)
     if isinstance(depth, str):
         if depth not in ("deep", "shallow"):

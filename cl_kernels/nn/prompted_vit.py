@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cl_kernels.nn import _attention
 from cl_kernels.nn._prompts import Prompts, check_options, init_bound, uniform
+from cl_kernels.ops.prefix_attention import prefix_attention
 
 __all__ = ["Observer", "PromptedViT"]
 
@@ -28,7 +29,8 @@ class PromptedViT(nn.Module):
 
     `timm_model` is taken over: frozen, held in eval mode whatever `train()` says, its head dropped (pooling and norms
     stay). `depth` is "deep" (every block), "shallow", or the block indices to prompt, e.g. ``range(4)``. `placement`
-    is "append" (after the image tokens) or "prepend"; they differ by rounding only. `init` is "uniform" (-1, 1) as in
+    is "append" (after the image tokens) or "prepend"; they differ by rounding only. Deep appended prompts are a prefix
+    of the attention (`ops.prefix_attention`); "prefix" says so and is the same. `init` is "uniform" (-1, 1) as in
     NSP2, "vpt" for U(-v, v) with v = sqrt(6 / (3 patch^2 + D)), or a bound v. Parameters are ``prompts.<block>``,
     [1, M, D], in the backbone's dtype and on its device.
 
@@ -157,15 +159,22 @@ class PromptedViT(nn.Module):
         tokens = block.norm1(x)
         q, k, v = _attention.project(block.attn, tokens)
         _, prompt_k, prompt_v = _attention.project(block.attn, block.norm1(self.prompts[index]))
-        keys, values = self._join(k, prompt_k, dim=2), self._join(v, prompt_v, dim=2)
-        scale = float(block.attn.scale)
-        if self._observers:
-            mixed, mass = _attention.attend_with_mass(q, keys, values, prompt_k, scale)
-            self._tell(index, q.detach(), mass)
-        else:
-            mixed = _attention.attend(q, keys, values, scale)
+        mixed = self._attend(index, q, k, v, prompt_k, prompt_v, float(block.attn.scale))
         x = x + block.drop_path1(block.ls1(_attention.finish(block.attn, mixed, tokens)))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]  # timm is untyped
+
+    def _attend(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
+    ) -> Tensor:
+        """The prompts are a prefix that the batch shares; an observer wants its softmax columns, so keys are joined."""
+        if not self._observers and self.placement != "prepend":
+            return prefix_attention(q, k, v, prompt_k, prompt_v, scale=scale)
+        keys, values = self._join(k, prompt_k, dim=2), self._join(v, prompt_v, dim=2)
+        if not self._observers:
+            return _attention.attend(q, keys, values, scale)
+        mixed, mass = _attention.attend_with_mass(q, keys, values, prompt_k, scale)
+        self._tell(index, q.detach(), mass)
+        return mixed
 
     def _run_shallow(self, index: int, block: Any, x: Tensor) -> Tensor:
         """One block of all rows; at block 0 the prompts join them."""
@@ -186,7 +195,7 @@ class PromptedViT(nn.Module):
 
     def _join(self, tokens: Tensor, prompt: Tensor, dim: int) -> Tensor:
         expanded = prompt.expand(tokens.shape[0], *prompt.shape[1:]).to(tokens.dtype)
-        return torch.cat((tokens, expanded) if self.placement == "append" else (expanded, tokens), dim=dim)
+        return torch.cat((expanded, tokens) if self.placement == "prepend" else (tokens, expanded), dim=dim)
 
     def _tell(self, index: int, q: Tensor, mass: Tensor) -> None:
         for observer in tuple(self._observers):
