@@ -18,6 +18,7 @@
 #include "covariance.h"
 #include "orthogonal_qr.h"
 #include "projection.h"
+#include "weight_projection.h"
 
 namespace py = pybind11;
 
@@ -116,6 +117,18 @@ void qr_backward_cuda(const std::array<int64_t, 15>& fields, int dtype, std::int
 }
 #endif
 
+// -- weight_projection: the flat lists of weight_projection.h, then the fields of BaseSettings and RadiusRule ----------
+void ftp_step_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
+                  const std::vector<double>& numbers, int kind, double lr, double weight_decay, double beta1,
+                  double beta2, double eps, bool flag, double grad_factor, double kappa, double floor, bool masked,
+                  int norm, int threads) {
+    const py::gil_scoped_release release;
+    const clk::BaseSettings base{
+        static_cast<clk::BaseKind>(kind), lr, weight_decay, beta1, beta2, eps, flag, grad_factor};
+    const clk::RadiusRule rule{kappa, floor, masked, static_cast<clk::RowNorm>(norm)};
+    clk::ftp_step_cpu(clk::anchored_parameters(pointers, sizes, numbers), base, rule, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("projected_adam_cpu", &projected_adam_cpu);
     m.def("qr_cpu", &qr_cpu);
     m.def("qr_backward_cpu", &qr_backward_cpu);
+    m.def("ftp_step_cpu", &ftp_step_cpu);
 #ifdef CLK_CUDA
     m.def("projected_adam_cuda", &projected_adam_cuda);
     m.def("qr_workspace", &clk::qr_workspace);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import define
-from cl_kernels.ops.weight_projection import checks, reference
+from cl_kernels.ops.weight_projection import checks, native, reference
 from cl_kernels.ops.weight_projection.arguments import present
 
 __all__ = ["ftp_adam_", "ftp_adam_step_", "ftp_sgd_", "ftp_sgd_step_", "rule_of"]
@@ -26,6 +26,7 @@ _adam = define(
     f" bool decoupled_weight_decay, {_RULE}) -> ()",
     reference=reference.ftp_adam_step_,
     fake=lambda *_: None,
+    native_cpu=native.ftp_adam_cpu,
 )
 _sgd = define(
     "ftp_sgd_step_",
@@ -33,6 +34,7 @@ _sgd = define(
     f" float momentum, float dampening, bool nesterov, {_RULE}) -> ()",
     reference=reference.ftp_sgd_step_,
     fake=lambda *_: None,
+    native_cpu=native.ftp_sgd_cpu,
 )
 
 
