@@ -15,11 +15,13 @@ from cl_kernels.methods.adam_nscl import AdamNSCLOptions, create_adam_nscl
 from cl_kernels.methods.class_mean import ClassMean
 from cl_kernels.methods.coda_prompt import CODAPrompt
 from cl_kernels.methods.dualprompt import DualPrompt
+from cl_kernels.methods.ftp import FTP
 from cl_kernels.methods.full import Full
 from cl_kernels.methods.gpm import GPMOptions, create_gpm
 from cl_kernels.methods.inf_lora import InfLoRA
 from cl_kernels.methods.joint import JointOptions, create_joint
 from cl_kernels.methods.kdp import KDP
+from cl_kernels.methods.l2_sp import L2SP
 from cl_kernels.methods.l2p import L2P
 from cl_kernels.methods.linear import Linear
 from cl_kernels.methods.lora import OLoRA, SDLoRA, SequentialLoRA
@@ -29,6 +31,9 @@ from cl_kernels.methods.nsp2 import NSP2
 from cl_kernels.methods.nsp2_exact import NSP2Exact
 from cl_kernels.methods.null_space import NullSpace
 from cl_kernels.methods.sequential import Sequential
+from cl_kernels.methods.spd import SPD
+from cl_kernels.methods.tpgm import TPGMMethod
+from cl_kernels.methods.wise_ft import WiSEFT
 
 __all__ = ["check", "create", "names", "options", "published"]
 
@@ -45,6 +50,11 @@ _METHODS: dict[str, tuple[Factory, type[Options]]] = {
     "null-space": (NullSpace, NullSpace.options_type),
     "adam-nscl": (create_adam_nscl, AdamNSCLOptions),
     "gpm": (create_gpm, GPMOptions),
+    "ftp": (FTP, FTP.options_type),
+    "tpgm": (TPGMMethod, TPGMMethod.options_type),
+    "spd": (SPD, SPD.options_type),
+    "l2-sp": (L2SP, L2SP.options_type),
+    "wise-ft": (WiSEFT, WiSEFT.options_type),
     "sequential-lora": (SequentialLoRA, SequentialLoRA.options_type),
     "lorac": (LoRAC, LoRAC.options_type),
     "lorac-ipc": (LoRACIPC, LoRACIPC.options_type),
@@ -78,6 +88,7 @@ _LORAC_RECIPE = {  # augmented ViT-B/16 of ImageNet-21k; without the official co
     "head_init": "default",
 }
 _POOL_RECIPE = {"lr": 1e-3, "head_lr": None, "schedule": "quarter-cosine", "head": "linear", "head_init": "default"}
+_FINE_TUNING_RECIPE = {"targets": "all", "head_lr": None, "head": "linear", "head_init": "default"}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "sequential": _NSP2_RECIPE,
     "matched-lr": _NSP2_RECIPE,
@@ -109,6 +120,11 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "head": "linear",
         "head_init": "default",
     },
+    "ftp": {**_FINE_TUNING_RECIPE, "lr": 1e-4, "schedule": "cosine"},  # CLIP ResNet-50, 50 epochs of DomainNet
+    "tpgm": _FINE_TUNING_RECIPE,
+    "spd": _FINE_TUNING_RECIPE,
+    "l2-sp": {**_FINE_TUNING_RECIPE, "head_weight_decay": 0.01},
+    "wise-ft": {**_FINE_TUNING_RECIPE, "lr": 3e-5, "weight_decay": 0.1, "schedule": "cosine"},  # CLIP, 10 epochs
     "lorac": _LORAC_RECIPE,
     "lorac-ipc": _LORAC_RECIPE,
     "inf-lora": {"rank": 10, "gram_power": 2},

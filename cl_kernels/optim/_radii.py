@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cl_kernels.ops.weight_projection import FIRED, FLOORED, GAMMA, GRADIENT, NORMS, PROJECTED, rule_of
+from cl_kernels.errors import SubspaceMismatchError
+from cl_kernels.ops.weight_projection import FIRED, FIRST, FLOORED, GAMMA, GRADIENT, NORMS, PROJECTED, SECOND, rule_of
 from cl_kernels.optim import _anchors, _names, _sharded_radii, _shards
 from cl_kernels.optim._anchored import AnchoredOptimizer, Anchors, Held
 
@@ -63,6 +64,29 @@ class RadiusOptimizer(AnchoredOptimizer):
     def set_anchors(self, anchors: Anchors = "init", *, strict: bool = True) -> None:
         super().set_anchors(anchors, strict=strict)
         self._unopened = not isinstance(anchors, str) or anchors != "init"
+
+    def set_radii(self, radii: Mapping[str, float]) -> None:
+        """Start from these radii by name, such as another optimizer's `radii()`, instead of the floor.
+
+        What a fresh radius would do, return a weight to its anchor in the first step, does not happen then: this is how
+        a second task goes on around the first one's anchors. The radius's moments start anew. Raises `ValueError` for
+        radii that are negative or not finite and `SubspaceMismatchError` for unknown names, and then changes nothing.
+        """
+        held, labels = dict(self._present()), self._labels()
+        known = {labels[p]: p for p in held}
+        if unknown := radii.keys() - known.keys():
+            raise SubspaceMismatchError(f"radii: no parameter is held under the names {_names.few(unknown)}")
+        if wrong := [name for name, value in radii.items() if not 0.0 <= value < math.inf]:
+            raise ValueError(f"radii: expected numbers from 0, got {radii[wrong[0]]} for {wrong[0]}")
+        for name, value in radii.items():
+            p = known[name]
+            if self.state.get(p):
+                record = self._record(p, held[p])
+            else:  # the record waits for the state, which is made in the first step
+                kind = torch.float64 if p.dtype is torch.float64 else torch.float32
+                record = held[p].record = torch.zeros(8, dtype=kind, device=_shards.local(p).device)
+            record[[FIRST, SECOND]] = 0.0
+            record[GAMMA] = value
 
     # -- what it learned ----------------------------------------------------------------------------------------------
 
