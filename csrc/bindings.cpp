@@ -129,6 +129,23 @@ void ftp_step_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<
     clk::ftp_step_cpu(clk::anchored_parameters(pointers, sizes, numbers), base, rule, threads);
 }
 
+#ifdef CLK_CUDA
+void ftp_step_cuda(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
+                   const std::vector<double>& numbers, int kind, double lr, double weight_decay, double beta1,
+                   double beta2, double eps, bool flag, double grad_factor, double kappa, double floor, bool masked,
+                   int norm, std::intptr_t lr_tensor, bool lr_is_double, std::intptr_t grad_scale,
+                   std::intptr_t found_inf, std::intptr_t workspace, std::intptr_t stream) {
+    const py::gil_scoped_release release;
+    const clk::BaseSettings base{
+        static_cast<clk::BaseKind>(kind), lr, weight_decay, beta1, beta2, eps, flag, grad_factor};
+    const clk::RadiusRule rule{kappa, floor, masked, static_cast<clk::RowNorm>(norm)};
+    const clk::FtpTensors tensors{clk::pointer<const void>(lr_tensor), lr_is_double,
+                                  clk::pointer<const float>(grad_scale), clk::pointer<const float>(found_inf)};
+    clk::ftp_step_cuda(clk::anchored_parameters(pointers, sizes, numbers), base, rule, tensors,
+                       clk::pointer<void>(workspace), stream);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -152,5 +169,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("qr_workspace", &clk::qr_workspace);
     m.def("qr_cuda", &qr_cuda);
     m.def("qr_backward_cuda", &qr_backward_cuda);
+    m.def("ftp_step_cuda", &ftp_step_cuda);
 #endif
 }

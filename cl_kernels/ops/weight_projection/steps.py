@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import define
-from cl_kernels.ops.weight_projection import checks, native, reference
+from cl_kernels.ops.weight_projection import checks, cuda, native, reference
 from cl_kernels.ops.weight_projection.arguments import present
 
 __all__ = ["ftp_adam_", "ftp_adam_step_", "ftp_sgd_", "ftp_sgd_step_", "rule_of"]
@@ -27,6 +27,7 @@ _adam = define(
     reference=reference.ftp_adam_step_,
     fake=lambda *_: None,
     native_cpu=native.ftp_adam_cpu,
+    native_cuda=cuda.ftp_adam_cuda,
 )
 _sgd = define(
     "ftp_sgd_step_",
@@ -35,6 +36,7 @@ _sgd = define(
     reference=reference.ftp_sgd_step_,
     fake=lambda *_: None,
     native_cpu=native.ftp_sgd_cpu,
+    native_cuda=cuda.ftp_sgd_cuda,
 )
 
 
