@@ -113,6 +113,11 @@ def test_kill_9_while_corrupted_images_are_evaluated(server: Server, tmp_path: P
     survive(server, tmp_path, 4, 5, method="linear", epochs=1, checkpoint_minutes=0.0, eval_shift=True)
 
 
+def test_kill_9_of_a_teacher_and_its_student(server: Server, tmp_path: Path) -> None:
+    """In either phase of a task."""
+    survive(server, tmp_path, 4, 5, method="kdp", teacher="embedded-small", checkpoint_steps=1, epochs=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["nsp2-exact", "matched-lr", "joint", "linear"])
 def test_kill_9_of_the_other_methods(method: str, server: Server, tmp_path: Path) -> None:
