@@ -62,6 +62,7 @@ def tiny_backbone(**options: Any) -> Backbone:
 
 def tiny_config(method: str, **changes: Any) -> RunConfig:
     """Three tasks of two classes, three epochs of three steps each."""
-    lr = 1e-3 if method in ("full", "null-space", "adam-nscl") else 1e-2
+    weights = ("full", "null-space", "adam-nscl", "ftp", "tpgm", "spd", "l2-sp", "wise-ft")
+    lr = 1e-3 if method in weights else 1e-2
     values: dict[str, Any] = {"tasks": 3, "epochs": 3, "batch_size": 8, "lr": lr, "threads": 1, "device": "cpu"}
     return RunConfig(method, **{"data": "tiny", "backbone": "tiny", **values, **changes})

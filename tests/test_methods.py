@@ -43,6 +43,11 @@ class Toy:
         images, labels = self.images()
         yield from zip(images.split(self.batch), labels.split(self.batch), strict=True)
 
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.images()
+        for rows in torch.randperm(len(labels), generator=torch.Generator().manual_seed(9)).split(6):
+            yield images[rows], labels[rows]
+
 
 TASKS = (Toy(0, (3, 1)), Toy(1, (0, 4)), Toy(2, (2, 5), last=True))
 
@@ -269,7 +274,7 @@ class TestBodies:
         linears = {
             f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         }
-        weights = ("full", "null-space", "adam-nscl", "gpm")
+        weights = ("full", "null-space", "adam-nscl", "gpm", "ftp", "tpgm", "spd", "l2-sp", "wise-ft")
         assert moved == (linears if name in weights else set())
         names = set(self.body(method))
         prompts = {"prompts.0", "prompts.1"}
@@ -471,6 +476,7 @@ class TestState:
         torch.manual_seed(99)
         resumed = created(name, schedule="cosine", **options)
         resumed.load_state_dict(saved)
+        resumed.resume_task(TASKS[1])
         again = tail(resumed)
         assert expected["parameters"].keys() == again["parameters"].keys()
         for key, value in expected["parameters"].items():
