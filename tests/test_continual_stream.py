@@ -193,3 +193,14 @@ class TestConfig:
         for change in ({"seed": 1}, {"lr": 0.02}, {"options": {"eta": 0.5}}, {"epochs": 4}, {"method": "sequential"}):
             assert dataclasses.replace(base, **change).fingerprint("data") != base.fingerprint("data")
         assert base.fingerprint("other data") != base.fingerprint("data")
+
+
+def test_forgetting_by_every_definition() -> None:
+    """Worked by hand: after its own task 0.9, 0.8, 0.7, at the end 0.6, 0.7, 0.7; task 1 was best, 0.95, in between."""
+    matrix = [[0.9, None, None], [0.95, 0.8, None], [0.6, 0.7, 0.7]]
+    found = metrics.forgetting_variants(matrix)
+    assert found["maximum"] == pytest.approx((0.35 + 0.1) / 2)
+    assert found["diagonal"] == pytest.approx((0.3 + 0.1) / 2)
+    assert found["diagonal_over_all"] == pytest.approx((0.3 + 0.1) / 3)
+    assert metrics.average_accuracy(matrix) == pytest.approx(2 / 3)
+    assert metrics.forgetting_variants([[0.5]]) == {"maximum": 0.0, "diagonal": 0.0, "diagonal_over_all": 0.0}

@@ -79,6 +79,7 @@ class RunConfig:
         accuracy_matrix[T][T]   R[i][j]: accuracy on task j after task i, argmax over every class seen
         average_accuracy        mean of the last row
         forgetting              mean over old tasks of (best before the last task) - last: the paper's, may be negative
+        forgetting_variants     {"maximum", "diagonal", "diagonal_over_all"}, see ``continual.metrics``
         accuracy_after[T]       mean over the tasks seen, after each task; forgetting_after[T] likewise
         average_incremental_accuracy    mean of accuracy_after
         repository              {"average_accuracy", "forgetting"}: sample-weighted; maximum including the last row

@@ -13,6 +13,7 @@ __all__ = [
     "average_accuracy",
     "forgetting",
     "forgetting_after",
+    "forgetting_variants",
     "last_row_mean",
     "repository_metrics",
 ]
@@ -45,6 +46,23 @@ def forgetting(matrix: Matrix, *, last_row: bool = False) -> float:
     end = len(rows) if last_row else old
     drops = [max(rows[i][j] for i in range(j, end)) - last[j] for j in range(old)]
     return sum(drops) / old
+
+
+def forgetting_variants(matrix: Matrix) -> dict[str, float]:
+    """Forgetting as three groups of authors define it, over T tasks, by name.
+
+    maximum: `forgetting`, the best before the last task, over T - 1 tasks (Chaudhry et al.). diagonal: from the
+    accuracy right after each task, R[j][j] - R[T-1][j], over T - 1. diagonal_over_all: the same sum over T, as the KDP
+    code prints it, (T - 1) / T of the former (method-distillation.md 5, T13).
+    """
+    rows = _rows(matrix)
+    old = len(rows) - 1
+    lost = sum(rows[j][j] - rows[-1][j] for j in range(old))
+    return {
+        "maximum": forgetting(matrix),
+        "diagonal": lost / old if old else 0.0,
+        "diagonal_over_all": lost / len(rows),
+    }
 
 
 def repository_metrics(matrix: Matrix, sizes: Sequence[int]) -> dict[str, float]:

@@ -76,6 +76,7 @@ def results(record: Record, session: Session) -> dict[str, Any]:
         "accuracy_matrix": _square(record.accuracy),
         "average_accuracy": metrics.average_accuracy(record.accuracy),
         "forgetting": metrics.forgetting(record.accuracy),
+        "forgetting_variants": metrics.forgetting_variants(record.accuracy),
         "accuracy_after": metrics.accuracy_after(record.accuracy),
         "forgetting_after": metrics.forgetting_after(record.accuracy),
         "average_incremental_accuracy": _mean(metrics.accuracy_after(record.accuracy)),
