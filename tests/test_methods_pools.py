@@ -192,6 +192,26 @@ class TestMemory:
         assert found["average_accuracy"] > 1.5 / 6
         assert len(found["prompt_usage"]) == 2
 
+    def test_what_later_tasks_draw_follows_the_seed_and_the_state(self) -> None:
+        def fresh(seed: int) -> Any:
+            model = tiny_model()
+            torch.manual_seed(seed)
+            return methods.create("coda-prompt", model, **SMALL["coda-prompt"])
+
+        drawn, states = {}, []
+        for name, seed in (("one", 0), ("again", 0), ("other", 1), ("resumed", 2)):
+            method = fresh(seed)
+            if name == "resumed":
+                method.load_state_dict(states[0])
+            else:
+                train(method, TASKS[0])
+            states.append(copy.deepcopy(method.state_dict()))
+            method.begin_task(TASKS[1])
+            drawn[name] = method.pool.parts["0"].key.detach()
+        assert torch.equal(drawn["one"], drawn["again"])
+        assert torch.equal(drawn["one"], drawn["resumed"])
+        assert not torch.allclose(drawn["one"], drawn["other"], atol=1e-2)
+
     @pytest.mark.parametrize("name", NAMES)
     def test_a_state_of_another_pool_is_refused(self, name: str) -> None:
         method = created(name)

@@ -393,6 +393,17 @@ class TestKDToken:
         assert max(float(g.abs().max()) for name, g in of_kd.items() if name.startswith("kd.")) > 1e-9
         assert max(float(g.abs().max()) for name, g in of_class.items() if name.startswith("pool.")) > 1e-9
 
+    @pytest.mark.parametrize("kind", [L2P, CODAPrompt])
+    def test_a_masked_token_does_not_see_the_pools_prompts(self, kind: type[PromptPool]) -> None:
+        backbone = vit(depth=1).double()  # in one block no image row can tell it
+        x = images(backbone, dtype=torch.float64)
+        model = pooled(backbone, kind, decouple="mask")
+        alone = pooled(backbone, None, decouple="mask")
+        alone.kd.load_state_dict(model.kd.state_dict())
+        torch.testing.assert_close(model(x).kd, alone(x).kd, rtol=1e-11, atol=1e-11)
+        model.kd.decouple = "none"
+        assert not torch.allclose(model(x).kd, alone(x).kd, rtol=1e-3)
+
     @pytest.mark.parametrize("kind", POOLS)
     def test_forms_of_decoupling(self, kind: type[PromptPool]) -> None:
         backbone = vit().double()
