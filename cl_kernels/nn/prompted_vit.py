@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cl_kernels.nn import _attention
+from cl_kernels.nn import _attention, _backbone
 from cl_kernels.nn._prompts import Prompts, check_options, init_bound, uniform
 from cl_kernels.ops.prefix_attention import prefix_attention
 
@@ -77,8 +77,8 @@ class PromptedViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Pooled, normalised features [B, D] of `images` [B, C, H, W], as timm's ``forward_head(pre_logits=True)``."""
         backbone = self.backbone
-        self._check_images(images)
-        x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images))))
+        _backbone.check_images(backbone, images)
+        x = _backbone.embed(backbone, images)
         recompute = bool(getattr(backbone, "grad_checkpointing", False)) and torch.is_grad_enabled()
         run = self._run_shallow if self.shallow else self._run_deep
         for index, block in enumerate(backbone.blocks):
@@ -141,15 +141,6 @@ class PromptedViT(nn.Module):
         if index not in self.prompts:
             raise ValueError(f"index: block {index} has no prompts; prompted blocks are {list(self.prompted_blocks)}")
         return self.backbone.blocks[index]
-
-    def _check_images(self, images: Tensor) -> None:
-        embed = self.backbone.patch_embed
-        size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-        wanted = (getattr(self.backbone, "in_chans", None), *(size or (None, None)))
-        fits = images.ndim == 4 and all(w in (None, s) for w, s in zip(wanted, images.shape[1:], strict=True))
-        if not fits:
-            shape = ", ".join("any" if w is None else str(w) for w in wanted)
-            raise ValueError(f"images: expected shape [batch, {shape}], got {tuple(images.shape)}")
 
     def _run_deep(self, index: int, block: Any, x: Tensor) -> Tensor:
         """One block; prompts add keys and values, and no query."""
