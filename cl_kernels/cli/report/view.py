@@ -7,6 +7,7 @@ from typing import Any
 
 from . import charts
 from .distillation import teachers
+from .prompts import prompt_usage
 from .shift import corrupted
 from .summary import Group, Measure, Result, Section, accuracy_curve, forgetting_curve
 
@@ -30,6 +31,7 @@ def section(found: Section, key: str, *, draw: bool) -> dict[str, Any]:
         "matrices": [_matrix(g) for g in found.groups],
         "teachers": teachers(found, key, draw=draw),
         "corrupted": corrupted(found, key, draw=draw),
+        "prompts": prompt_usage(found, key, draw=draw),
         "subspaces": _subspaces(found, key, draw=draw),
         "subspace_seed": next((f"seed {g.results[0]['seed']}" for g in found.groups if subspace_use(g.results[0])), ""),
         "runs": [
