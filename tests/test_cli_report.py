@@ -293,3 +293,18 @@ def test_teacher_against_student() -> None:
     for words in ("2.50 0.50", "10.00 2.00", "4.00 1.50", "100.00 20.00", "load_model"):
         assert words in page.text
     assert "Teacher against student" not in Page(render([result("nsp2", 0)])).text
+
+
+@pytest.mark.parametrize("plot", [True, False])
+def test_which_prompts_images_choose(plot: bool) -> None:
+    if plot:
+        needs_matplotlib()
+    usage = [{"blocks.0": [0.5, 0.0]}, {"blocks.0": [1.0, 0.25, 0.0], "blocks.1": [0.0, 0.75, 0.25]}, {}]
+    page = Page(render([result("l2p", 4, prompt_usage=usage), result("nsp2", 0, prompt_usage=[{}, {}, {}])], plot=plot))
+    assert "Which prompts the images choose" in page.text
+    assert "seed 4" in page.text
+    for words in ("blocks.0 1/2 (50 %) 2/3 (100 %)", "blocks.1 2/3 (75 %)"):
+        assert words in page.text
+    usage[2] = {"blocks.0": [0.2] * 40}
+    assert "40/40 (20 %)" in Page(render([result("l2p", 4, prompt_usage=usage)], plot=plot)).text
+    assert "Which prompts" not in Page(render([result("nsp2", 0, prompt_usage=[{}] * 3)], plot=plot)).text

@@ -42,5 +42,5 @@ def _map(label: str, usage: dict[str, list[float]], key: str) -> str:
     return charts.heat_map(
         [[*shares, *[None] * (width - len(shares))] for shares in usage.values()],
         key=key, rows=list(usage), columns=[str(entry + 1) for entry in range(width)], xlabel="entry", ylabel="",
-        alt=f"Heat map of the share of images that choose each prompt, for {label}. Chosen, all, most frequent: {told}.",
+        alt=f"Heat map of the share of images that choose each prompt, for {label}. Chosen, all, most: {told}.",
     )  # fmt: skip
