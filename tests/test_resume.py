@@ -118,8 +118,18 @@ def test_kill_9_of_a_teacher_and_its_student(server: Server, tmp_path: Path) -> 
     survive(server, tmp_path, 4, 5, method="kdp", teacher="embedded-small", checkpoint_steps=1, epochs=2)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ftp", {}), ("tpgm", {"anchor": "pretrained"})],  # c in the anchor's memory at the floor; held-out batches, radii
+)
+def test_kill_9_of_weights_held_to_an_anchor(
+    method: str, options: dict[str, Any], server: Server, tmp_path: Path
+) -> None:
+    survive(server, tmp_path, 3, 5, method=method, checkpoint_steps=1, epochs=2, options=options)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["nsp2-exact", "matched-lr", "joint", "linear"])
+@pytest.mark.parametrize("method", ["nsp2-exact", "matched-lr", "joint", "linear", "spd", "l2-sp", "wise-ft"])
 def test_kill_9_of_the_other_methods(method: str, server: Server, tmp_path: Path) -> None:
     options = {"schedule": "cosine"}
     survive(server, tmp_path, 6, 3, method=method, checkpoint_steps=2, augment="crop", options=options)
