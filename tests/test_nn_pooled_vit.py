@@ -227,6 +227,46 @@ class TestParity:
         assert float((half - exact).detach().norm() / exact.detach().norm()) < 0.05
 
     @pytest.mark.parametrize("kind", POOLS)
+    def test_a_16_bit_backbone(self, kind: type[PromptPool]) -> None:
+        backbone = vit()
+        x = images(backbone)
+        model = pooled(backbone, kind, length=4)
+        query = model.query(x)
+        exact = model(x, query)
+        model.to(torch.bfloat16)
+        half = model(x.bfloat16(), query)
+        assert half.cls.dtype == half.kd.dtype == torch.bfloat16
+        assert half.loss.dtype == torch.float32
+        for mine, its in ((half.cls, exact.cls), (half.kd, exact.kd)):
+            assert float((mine - its).detach().norm() / its.detach().norm()) < 0.1
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("kind", POOLS)
+    @pytest.mark.parametrize("decouple", ["none", "stopgrad"])
+    def test_on_a_gpu(self, kind: type[PromptPool], decouple: str) -> None:
+        backbone = vit().double()
+        x = images(backbone, dtype=torch.float64)
+        model = pooled(backbone, kind, 2, decouple=decouple)
+        expected = [model(x, train=train) for train in (True, False)]
+        of_cpu = gradients(model, total(expected[0]))
+        state, digest = copy.deepcopy(model.state_dict()), model.backbone_digest()
+        model.cuda()
+        again = [model(x.cuda(), train=train) for train in (True, False)]
+        for found, wanted in zip(again, expected, strict=True):
+            for mine, its in zip(found, wanted, strict=True):
+                torch.testing.assert_close(mine.cpu(), its, rtol=1e-8, atol=1e-9, check_dtype=False)
+        of_gpu = gradients(model, total([part.cpu() for part in again[0]]))
+        for name, gradient in of_cpu.items():
+            torch.testing.assert_close(of_gpu[name].cpu(), gradient, rtol=1e-7, atol=1e-8, msg=name)
+        model.pool.end_task()
+        model.pool.begin_task(2, generator=torch.Generator().manual_seed(0))
+        assert all(p.device.type == "cuda" for p in model.parameters())
+        assert bool(model(x.cuda()).cls.isfinite().all())
+        model.load_state_dict(state)
+        assert all(t.device.type == "cuda" for t in (*model.parameters(), *model.buffers()))
+        assert model.backbone_digest() == digest
+
+    @pytest.mark.parametrize("kind", POOLS)
     def test_no_images(self, kind: type[PromptPool]) -> None:
         backbone = vit()
         model = pooled(backbone, kind, length=4)
