@@ -72,7 +72,7 @@ def prefix_attention(
     q [B, H, L, d], k and v [B, H, N, d] of one floating dtype, any strides; L need not be N. prefix_k and prefix_v
     [B, H, M, d], or [1, H, M, d] for a prefix that the whole batch shares, in any floating dtype (they are converted
     to q's); several prefixes are given as one, joined by the caller. `scale` is 1/sqrt(d) where it is None. Returns
-    [B, H, L, d]. Under autocast it computes in autocast's dtype, as torch's attention does.
+    [B, H, L, d]. Under autocast it computes in autocast's dtype, as torch's attention does. NaN and infinity as there.
 
     Differentiable in all five. Two forms with the same result: the concatenation through torch's fused attention, and
     the parts merged by their log-sum-exp, w = sigmoid(l_prefix - l_tokens), without a copy of k and v and, in a shared

@@ -29,11 +29,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     from cl_kernels.ops.prefix_attention import kernels
 
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = tokens.attend(q, k, v, scale)
-    merged = torch.empty_like(lse)
+        before, lse = tokens.attend(q, k, v, scale)
+    out = torch.empty_strided(before.shape, before.stride(), dtype=q.dtype, device=q.device)
+    merged = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=q.device)
     q, prefix_k, prefix_v = _aligned(q, prefix_k, prefix_v)
     config = _config(kernels.MERGE, q)
-    given = (q, prefix_k, prefix_v, out, lse, merged, scale, *_strides(q, prefix_k, prefix_v))
+    given = (q, prefix_k, prefix_v, before, lse, out, merged, scale, *_strides(q, prefix_k, prefix_v))
     _launch(kernels.MERGE, config, _row_items(q, config), *given, *_sizes(q, prefix_k))
     return out, merged
 

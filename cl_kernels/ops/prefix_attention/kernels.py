@@ -37,33 +37,34 @@ def load(addresses, rows, limit, columns, width):
 
 @triton.jit(do_not_specialize=[*_STRIDES, *_NUMBERS])
 def cl_prefix_merge(
-    q, prefix_k, prefix_v, out, lse, merged, scale,
+    q, prefix_k, prefix_v, before, lse, out, merged, scale,
     q_image: tl.int64, q_head: tl.int64, q_row: tl.int64, k_image: tl.int64, k_head: tl.int64, k_row: tl.int64,
     v_image: tl.int64, v_head: tl.int64, v_row: tl.int64, heads, length, count, eighths,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out <- exp(lse - l) out + sum_m exp(a_m - l) v_m, merged <- l = log(exp(lse) + sum_m exp(a_m)), a = scale q k^T.
+    """out = exp(lse - l) before + sum_m exp(a_m - l) v_m, merged = l = log(exp(lse) + sum_m exp(a_m)), a = scale q k^T.
 
-    One program for some rows of one head: an online softmax that starts from the tokens' part. `out` is laid out
-    [B, L, H, d] and written in place, by the program that read it.
+    One program for some rows of one head: an online softmax that starts from the tokens' part. `before` and `out` are
+    laid out [B, L, H, d].
     """
     item = work_item()
-    width = eighths * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    width = eighths.to(tl.int64) * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
     tiles = tl.cdiv(length, ROWS)
     rows = (item % tiles) * ROWS + tl.arange(0, ROWS)
     head, image = (item // tiles) % heads, item // tiles // heads
     columns = tl.arange(0, WIDTH)
     queries = load(tile(q, q_image, q_head, q_row, image, head, rows, columns), rows, length, columns, width)
-    place = tile(out, length * heads * width, width, heads * width, image, head, rows, columns)
-    before = load(place, rows, length, columns, width)
+    part = load(
+        tile(before, length * heads * width, width, heads * width, image, head, rows, columns),
+        rows, length, columns, width,
+    )  # fmt: skip
     at = (image * heads + head) * length + rows
     top = tl.load(lse + at, mask=rows < length, other=0.0)
-    none = (top == LOWEST) | (
-        (top == float("inf")) & (tl.max(tl.abs(before.to(tl.float32)), 1) == 0)
-    )  # flash says +inf
+    nothing = tl.sum(tl.abs(part.to(tl.float32)), 1) == 0  # not the maximum, which leaves out NaN
+    none = (top == LOWEST) | ((top == HIGHEST) & nothing)  # flash attention says +inf where all scores are -inf
     top = tl.where(none, LOWEST, top)
     total = tl.where(none, 0.0, 1.0)
-    mixed = tl.where(none[:, None], 0.0, before.to(tl.float32))
+    mixed = tl.where(none[:, None], 0.0, part.to(tl.float32))
     for first in range(0, count, KEYS):
         keys = first + tl.arange(0, KEYS)
         key = load(tile(prefix_k, k_image, k_head, k_row, image, head, keys, columns), keys, count, columns, width)
@@ -79,7 +80,8 @@ def cl_prefix_merge(
         top = highest
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     inside = (rows < length)[:, None] & (columns < width)[None, :]
-    tl.store(place, mixed.to(before.dtype), mask=inside)
+    place = tile(out, length * heads * width, width, heads * width, image, head, rows, columns)
+    tl.store(place, mixed.to(part.dtype), mask=inside)
     tl.store(merged + at, top + tl.log(total), mask=rows < length)
 
 
@@ -102,7 +104,7 @@ def cl_prefix_rows(
 ):  # fmt: skip
     """dq <- dq + da k for the keys of the prefix; `out` and `dq` are laid out [B, L, H, d]."""
     item = work_item()
-    width = eighths * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    width = eighths.to(tl.int64) * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
     tiles = tl.cdiv(length, ROWS)
     rows = (item % tiles) * ROWS + tl.arange(0, ROWS)
     head, image = (item // tiles) % heads, item // tiles // heads
@@ -138,7 +140,7 @@ def cl_prefix_keys(
     `dk` and `dv` [chunks, prefixes, H, M, d] in float32: every program writes a place of its own, torch sums them.
     """
     item = work_item()
-    width = eighths * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    width = eighths.to(tl.int64) * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
     chunk, item = item % chunks, item // chunks
     blocks = tl.cdiv(count, KEYS)
     keys = (item % blocks) * KEYS + tl.arange(0, KEYS)
@@ -188,7 +190,7 @@ def _configs():
 def _types(dtype):
     strides = {f"{name}_{what}": "i64" for name in "qgkv" for what in ("image", "head", "row")}
     numbers = dict.fromkeys(("heads", "length", "count", "eighths", "images", "chunks"), "i32")
-    tensors = dict.fromkeys(("q", "grad", "prefix_k", "prefix_v", "out", "dq"), f"*{dtype}")
+    tensors = dict.fromkeys(("q", "grad", "prefix_k", "prefix_v", "before", "out", "dq"), f"*{dtype}")
     return tensors | dict.fromkeys(("lse", "merged", "dk", "dv"), "*fp32") | strides | numbers | {"scale": "fp32"}
 
 

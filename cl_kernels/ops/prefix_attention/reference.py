@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cl_kernels.ops.prefix_attention import tokens
 
-__all__ = ["Gradients", "backward", "concatenated", "forward", "merge_", "prefix_gradients", "twice"]
+__all__ = ["Gradients", "backward", "concatenated", "forward", "merge", "prefix_gradients", "twice"]
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -30,13 +30,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     """Merged output [B, H, L, d] and its log-sum-exp [B, H, L]: the tokens' part, and the prefix' in small products."""
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores to 16 bits
         out, lse = tokens.attend(q, k, v, scale)
-        return merge_(out, lse, q, prefix_k, prefix_v, scale)
+        return merge(out, lse, q, prefix_k, prefix_v, scale)
 
 
-def merge_(
+def merge(
     out: Tensor, lse: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Merge a prefix into the tokens' output, which is written to, and log-sum-exp.
+    """Merge a prefix into the tokens' output and log-sum-exp [B, H, L]; the result is laid out as `out`.
 
     A prefix that the batch shares is one product over the B L rows of a head, and no copy of it is made.
     """
@@ -50,8 +50,8 @@ def merge_(
     merged = torch.logaddexp(before, total.log_().add_(top))
     mixed = torch.bmm(weights, values).mul_(top.sub_(merged).exp_())
     mixed.addcmul_(_rows(out, shared).to(wide), (before - merged).exp_())
-    out.copy_(_images(mixed, q.shape, shared))
-    return out, _images(merged, q.shape, shared).squeeze(-1).contiguous()
+    result = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)  # `out` is a view
+    return result.copy_(_images(mixed, q.shape, shared)), _images(merged, q.shape, shared).squeeze(-1).contiguous()
 
 
 def backward(
