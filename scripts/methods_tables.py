@@ -30,6 +30,7 @@ TABLES = {
         "nsp2",
         "nsp2, refined heads",
     ),
+    "anchored": ("full", "ftp", "tpgm", "spd", "l2-sp", "wise-ft"),
     "lora": (
         "sequential-lora",
         "lorac, last model",
