@@ -37,7 +37,7 @@ def lookup(source: Any) -> Iterator[tuple[Lookup, Callable[[str | None], bool]]]
     elif isinstance(source, str | os.PathLike):
         with open_slices(source) as file:
             keys = {_names.plain_name(key): key for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-            yield (lambda name, p: _of_slice(file.get_slice(keys[str(name)]), name, p)), keys.__contains__
+            yield (lambda name, p: _of_file(file, keys[str(name)], name, p)), keys.__contains__
     else:
         kind = type(source).__name__
         raise TypeError(f"anchors: expected 'init', a mapping of names to tensors, a path or None, got {kind}")
@@ -59,13 +59,19 @@ def _of_mapping(value: Any, name: str | None, p: Tensor) -> Tensor | None:
     return _owned(value if rows is None else value[rows], p)
 
 
-def _of_slice(value: Any, name: str | None, p: Tensor) -> Tensor:
+def _of_file(file: Any, key: str, name: str | None, p: Tensor) -> Tensor:
     """Only the rows that this process holds are read."""
-    shape = tuple(value.get_shape())
-    _fits(name, shape, torch.float32, p)
-    rows = _shards.rows(str(name), p)
-    read: Tensor = value[:] if rows is None else value[rows]
-    return _owned(read, p)
+    stored = file.get_slice(key)
+    shape = tuple(stored.get_shape())
+    rows = _shards.rows(str(name), p) if shape == tuple(p.shape) else None
+    if not shape:
+        value = file.get_tensor(key)
+    elif rows is None:
+        value = stored[:1] if shape != tuple(p.shape) else stored[:]  # a piece is enough to be refused
+    else:
+        value = stored[rows]
+    _fits(name, shape, value.dtype, p)
+    return _owned(value, p)
 
 
 def _owned(value: Tensor, p: Tensor) -> Tensor:
