@@ -48,14 +48,15 @@ def cl_prefix_merge(
     laid out [B, L, H, d].
     """
     item = work_item()
-    width = eighths.to(tl.int64) * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    width = eighths * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    step = heads.to(tl.int64) * width
     tiles = tl.cdiv(length, ROWS)
     rows = (item % tiles) * ROWS + tl.arange(0, ROWS)
     head, image = (item // tiles) % heads, item // tiles // heads
     columns = tl.arange(0, WIDTH)
     queries = load(tile(q, q_image, q_head, q_row, image, head, rows, columns), rows, length, columns, width)
     part = load(
-        tile(before, length * heads * width, width, heads * width, image, head, rows, columns),
+        tile(before, length * step, width, step, image, head, rows, columns),
         rows, length, columns, width,
     )  # fmt: skip
     at = (image * heads + head) * length + rows
@@ -80,7 +81,7 @@ def cl_prefix_merge(
         top = highest
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     inside = (rows < length)[:, None] & (columns < width)[None, :]
-    place = tile(out, length * heads * width, width, heads * width, image, head, rows, columns)
+    place = tile(out, length * step, width, step, image, head, rows, columns)
     tl.store(place, mixed.to(part.dtype), mask=inside)
     tl.store(merged + at, top + tl.log(total), mask=rows < length)
 
@@ -104,7 +105,8 @@ def cl_prefix_rows(
 ):  # fmt: skip
     """dq <- dq + da k for the keys of the prefix; `out` and `dq` are laid out [B, L, H, d]."""
     item = work_item()
-    width = eighths.to(tl.int64) * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    width = eighths * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    step = heads.to(tl.int64) * width
     tiles = tl.cdiv(length, ROWS)
     rows = (item % tiles) * ROWS + tl.arange(0, ROWS)
     head, image = (item // tiles) % heads, item // tiles // heads
@@ -112,10 +114,10 @@ def cl_prefix_rows(
     queries = load(tile(q, q_image, q_head, q_row, image, head, rows, columns), rows, length, columns, width)
     slope = load(tile(grad, g_image, g_head, g_row, image, head, rows, columns), rows, length, columns, width)
     before = load(
-        tile(out, length * heads * width, width, heads * width, image, head, rows, columns),
+        tile(out, length * step, width, step, image, head, rows, columns),
         rows, length, columns, width,
     )  # fmt: skip
-    place = tile(dq, length * heads * width, width, heads * width, image, head, rows, columns)
+    place = tile(dq, length * step, width, step, image, head, rows, columns)
     level = tl.load(lse + (image * heads + head) * length + rows, mask=rows < length, other=0.0)
     total = load(place, rows, length, columns, width).to(tl.float32)
     for first in range(0, count, KEYS):
@@ -140,7 +142,8 @@ def cl_prefix_keys(
     `dk` and `dv` [chunks, prefixes, H, M, d] in float32: every program writes a place of its own, torch sums them.
     """
     item = work_item()
-    width = eighths.to(tl.int64) * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    width = eighths * ALIGNED  # a product: what a helper says of its argument is lost when it is inlined
+    step = heads.to(tl.int64) * width
     chunk, item = item % chunks, item // chunks
     blocks = tl.cdiv(count, KEYS)
     keys = (item % blocks) * KEYS + tl.arange(0, KEYS)
@@ -158,7 +161,7 @@ def cl_prefix_keys(
         queries = load(tile(q, q_image, q_head, q_row, image, head, rows, columns), rows, length, columns, width)
         slope = load(tile(grad, g_image, g_head, g_row, image, head, rows, columns), rows, length, columns, width)
         before = load(
-            tile(out, length * heads * width, width, heads * width, image, head, rows, columns),
+            tile(out, length * step, width, step, image, head, rows, columns),
             rows, length, columns, width,
         )  # fmt: skip
         level = tl.load(lse + (image * heads + head) * length + rows, mask=rows < length, other=HIGHEST)
@@ -166,7 +169,7 @@ def cl_prefix_keys(
         for_value -= tl.dot(tl.trans(weights.to(slope.dtype)), slope, input_precision="ieee")
         for_key -= tl.dot(tl.trans(scores.to(queries.dtype)), queries, input_precision="ieee")
     prefixes = tl.num_programs(0) // (chunks * blocks * heads)
-    start = ((chunk * prefixes + prefix) * heads + head) * count * width
+    start = ((chunk * prefixes + prefix) * heads + head) * count * width  # in 64 bits, as the item is
     place = start + keys[:, None] * width + columns[None, :]
     inside = (keys < count)[:, None] & (columns < width)[None, :]
     tl.store(dk + place, -for_key, mask=inside)
