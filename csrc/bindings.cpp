@@ -16,6 +16,7 @@
 #include "common/simd.h"
 #include "common/tensor_view.h"
 #include "covariance.h"
+#include "distillation.h"
 #include "orthogonal_qr.h"
 #include "projection.h"
 #include "weight_projection.h"
@@ -61,6 +62,12 @@ void update_grams(const std::vector<std::array<int64_t, 13>>& fields, double alp
                             f[6], f[7], f[8], f[9], f[10], clk::pointer<void>(f[11]), clk::pointer<double>(f[12])});
     }
     clk::update_grams(problems, alpha, beta, threads);
+}
+
+// -- distillation: the fields and numbers of DistillationBatch in their order -----------------------------------------
+void distillation_cpu(const std::array<int64_t, 25>& fields, const std::array<double, 5>& numbers, int threads) {
+    const py::gil_scoped_release release;
+    clk::distillation_cpu(clk::distillation_batch(fields, numbers), threads);
 }
 
 // -- projection: the flat lists of projection.h, then the settings of AdamSettings ------------------------------------
@@ -160,6 +167,7 @@ PYBIND11_MODULE(_C, m) {
     // Rooms, in the order of architecture: one block each.
 
     m.def("update_grams", &update_grams);
+    m.def("distillation_cpu", &distillation_cpu);
     m.def("projected_adam_cpu", &projected_adam_cpu);
     m.def("qr_cpu", &qr_cpu);
     m.def("qr_backward_cpu", &qr_backward_cpu);

@@ -1,24 +1,23 @@
-"""Distillation losses over a slice of the classes; gradients come in closed form from the pass that computes the loss."""
+"""Distillation losses over a slice of the classes, and their gradients in closed form from the same pass."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import define, register_autograd
-from cl_kernels.ops.distillation import arguments, autograd, reference
+from cl_kernels.ops.distillation import arguments, autograd, cuda, native, reference
 
 __all__ = ["distillation_loss", "dkd_loss", "jsd_loss", "kl_loss"]
 
 
 def _fake_loss(reduction: int, *logits: Tensor) -> Tensor:
-    work = torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
     shape = logits[0].shape[:1] if reduction == arguments.NONE else ()
-    return logits[0].new_empty(shape, dtype=work)
+    return logits[0].new_empty(shape, dtype=arguments.work_dtype(*logits))
 
 
 def _fake_gradient(logits: Tensor, wanted: bool) -> Tensor:
@@ -43,8 +42,10 @@ _distillation = define(
     " float alpha, float temperature, int reduction, bool class_grad, bool kd_grad) -> (Tensor, Tensor, Tensor)",
     reference=reference.distillation_loss,
     fake=_fake_distillation,
+    native_cpu=native.distillation_loss,
+    triton=cuda.distillation_loss,
 )
-register_autograd("distillation_loss", *autograd.distillation)
+register_autograd("distillation_loss", autograd.DISTILLATION.backward, autograd.DISTILLATION.setup_context)
 
 _kl = define(
     "kl_loss",
@@ -52,8 +53,10 @@ _kl = define(
     " -> (Tensor, Tensor)",
     reference=reference.kl_loss,
     fake=_fake_one,
+    native_cpu=native.kl_loss,
+    triton=cuda.kl_loss,
 )
-register_autograd("kl_loss", *autograd.kl)
+register_autograd("kl_loss", autograd.KL.backward, autograd.KL.setup_context)
 
 _dkd = define(
     "dkd_loss",
@@ -61,8 +64,10 @@ _dkd = define(
     " float temperature, int reduction, bool grad) -> (Tensor, Tensor)",
     reference=reference.dkd_loss,
     fake=_fake_one,
+    native_cpu=native.dkd_loss,
+    triton=cuda.dkd_loss,
 )
-register_autograd("dkd_loss", *autograd.dkd)
+register_autograd("dkd_loss", autograd.DKD.backward, autograd.DKD.setup_context)
 
 _jsd = define(
     "jsd_loss",
@@ -71,7 +76,14 @@ _jsd = define(
     reference=reference.jsd_loss,
     fake=_fake_one,
 )
-register_autograd("jsd_loss", *autograd.jsd)
+register_autograd("jsd_loss", autograd.JSD.backward, autograd.JSD.setup_context)
+
+_IN_EAGER: Final = {
+    _distillation: autograd.DISTILLATION.eager(),
+    _kl: autograd.KL.eager(),
+    _dkd: autograd.DKD.eager(),
+    _jsd: autograd.JSD.eager(),
+}
 
 
 def distillation_loss(
@@ -115,12 +127,12 @@ def distillation_loss(
     first, last = arguments.slice_of(classes, kd_logits.shape[1])
     _checks.number("alpha", alpha, 0.0, 1.0)
     heat, code = arguments.positive("temperature", temperature), arguments.reduction_code(reduction)
-    weight = arguments.kept_rows(index, ignore_index, code, _work(class_logits, kd_logits, teacher_logits))
+    weight = arguments.kept_rows(
+        index, ignore_index, code, arguments.work_dtype(class_logits, kd_logits, teacher_logits)
+    )
     wanted = (_wants(class_logits), _wants(kd_logits))
-    loss: Tensor = _distillation(
-        class_logits, kd_logits, teacher_logits, index, weight, first, last, float(alpha), heat, code, *wanted
-    )[0]
-    return loss
+    given = (class_logits, kd_logits, teacher_logits, index, weight, first, last, float(alpha), heat, code)
+    return _loss(_distillation, any(wanted), *given, *wanted)
 
 
 def kl_loss(
@@ -141,8 +153,8 @@ def kl_loss(
     arguments.constant("teacher", teacher)
     first, last = arguments.slice_of(classes, student.shape[1])
     heat, code = arguments.positive("temperature", temperature), arguments.reduction_code(reduction)
-    loss: Tensor = _kl(student, teacher, first, last, heat, code, _wants(student))[0]
-    return loss
+    wanted = _wants(student)
+    return _loss(_kl, wanted, student, teacher, first, last, heat, code, wanted)
 
 
 def dkd_loss(
@@ -173,9 +185,9 @@ def dkd_loss(
         _checks.number(name, value, 0.0, math.inf, closed=False) for name, value in (("alpha", alpha), ("beta", beta))
     ]
     heat, code = arguments.positive("temperature", temperature), arguments.reduction_code(reduction)
-    weight = arguments.kept_rows(index, ignore_index, code, _work(student, teacher))
-    loss: Tensor = _dkd(student, teacher, index, weight, first, last, *parts, heat, code, _wants(student))[0]
-    return loss
+    weight = arguments.kept_rows(index, ignore_index, code, arguments.work_dtype(student, teacher))
+    wanted = _wants(student)
+    return _loss(_dkd, wanted, student, teacher, index, weight, first, last, *parts, heat, code, wanted)
 
 
 def jsd_loss(
@@ -189,23 +201,26 @@ def jsd_loss(
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence, T^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)).
 
-    m = beta p_T + (1 - beta) p_S. beta = 0 is KL(p_T || p_S), that is `kl_loss`, and beta = 1 the reverse KL(p_S || p_T); between them it is finite
-    whatever is masked. T^2 is explicit, as everywhere here. The rest as for `kl_loss`. Source: Agarwal et al. (2024),
-    generalised knowledge distillation.
+    m = beta p_T + (1 - beta) p_S. beta = 0 is KL(p_T || p_S), that is `kl_loss`, and beta = 1 the reverse
+    KL(p_S || p_T); between them it is finite whatever is masked. T^2 is explicit, as everywhere here. The rest as for
+    `kl_loss`. Source: Agarwal et al. (2024), generalised knowledge distillation.
     """
     arguments.logits_pair("student", student, "teacher", teacher)
     arguments.constant("teacher", teacher)
     first, last = arguments.slice_of(classes, student.shape[1])
     part = _checks.number("beta", beta, 0.0, 1.0)
     heat, code = arguments.positive("temperature", temperature), arguments.reduction_code(reduction)
-    loss: Tensor = _jsd(student, teacher, first, last, part, heat, code, _wants(student))[0]
+    wanted = _wants(student)
+    return _loss(_jsd, wanted, student, teacher, first, last, part, heat, code, wanted)
+
+
+def _loss(op: Any, differentiable: bool, *inputs: Any) -> Tensor:
+    """The first output of the operation; compilers trace it, eager calls take the shorter way to the same gradient."""
+    short = differentiable and not torch.compiler.is_compiling()
+    loss: Tensor = (_IN_EAGER[op].apply if short else op)(*inputs)[0]
     return loss
 
 
 def _wants(logits: Tensor) -> bool:
     """Whether the gradient is worth writing."""
     return torch.is_grad_enabled() and logits.requires_grad
-
-
-def _work(*logits: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32

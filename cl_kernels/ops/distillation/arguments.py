@@ -1,7 +1,7 @@
 """Arguments of the losses: checked before anything is computed; what a batch holds, only once its loss is not finite.
 
-Looking at values would wait for a GPU. So the kernels let a wrong value make the loss NaN, and `complain`, which runs on
-the CPU alone, says which argument it was.
+Looking at values would wait for a GPU. So the kernels let a wrong value make the loss NaN, and `complain`, which runs
+on the CPU alone, says which argument it was.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "NONE",
     "SUM",
     "complain",
+    "constant",
     "kept_rows",
     "logits_pair",
     "positive",
@@ -30,6 +31,7 @@ __all__ = [
     "scaled",
     "slice_of",
     "targets",
+    "work_dtype",
 ]
 
 NONE, SUM, BATCHMEAN = 0, 1, 2
@@ -114,6 +116,11 @@ def kept_rows(target: Tensor, ignored: int | None, reduction: int, dtype: torch.
 def row_scale(rows: int, reduction: int) -> float:
     """What a row's loss counts; an empty batch has loss 0."""
     return 1.0 / max(rows, 1) if reduction == BATCHMEAN else 1.0
+
+
+def work_dtype(*logits: Tensor) -> torch.dtype:
+    """What the losses are computed in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
 
 def scaled(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The formulas of the room in plain torch: losses of rows, and their gradients in closed form (no autograd in here).
 
-    p_T = softmax(t / T),  p_S = softmax(s / T), over the columns of the class slice          (method-distillation 4, F3)
+    p_T = softmax(t / T),  p_S = softmax(s / T), over the columns of the class slice         (method-distillation 4, F3)
     KL  = T^2 sum p_T (log p_T - log p_S)                      dKL/ds  = T (p_S - p_T)
     CE  = -log softmax(z)_y                                    dCE/dz  = softmax(z) - onehot_y
     DKD = T^2 (a KL of (target, rest) + b KL of the rest), with r_S, r_T the softmax of the rest alone and
@@ -94,17 +94,20 @@ def distillation_gradients(
 
 def kl_loss(
     student: Tensor, teacher: Tensor, first: int, last: int, temperature: float, reduction: int, grad: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     s, t = _slices(first, last, student, teacher)
     loss = arguments.reduced(_kl(s, t, temperature), None, reduction)
     arguments.complain(loss, {"student": student, "teacher": teacher}, None, None, first, last)
-    g = kl_gradient(student, teacher, first, last, temperature, reduction) if grad else student.new_empty(0)
-    return loss, g
+    return loss, *kl_gradient(student, teacher, first, last, temperature, reduction, grad)
 
 
-def kl_gradient(student: Tensor, teacher: Tensor, first: int, last: int, temperature: float, reduction: int) -> Tensor:
+def kl_gradient(
+    student: Tensor, teacher: Tensor, first: int, last: int, temperature: float, reduction: int, grad: bool
+) -> tuple[Tensor, ...]:
+    if not grad:
+        return (student.new_empty(0),)
     s, t = _slices(first, last, student, teacher)
-    return _widened(arguments.scaled(_kl_gradient(s, t, temperature), None, reduction), student, first)
+    return (_widened(arguments.scaled(_kl_gradient(s, t, temperature), None, reduction), student, first),)
 
 
 def dkd_loss(
@@ -119,7 +122,7 @@ def dkd_loss(
     temperature: float,
     reduction: int,
     grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """alpha times the KL of (target, rest) plus beta times the KL within the rest."""
     s, t = _slices(first, last, student, teacher)
     index, fits, hot = _chosen(s, target - first)
@@ -132,10 +135,7 @@ def dkd_loss(
     rows = alpha * temperature**2 * two_way + beta * _kl(rest_s, rest_t, temperature)
     loss = arguments.reduced(torch.where(fits, rows, math.nan), weight, reduction)
     arguments.complain(loss, {"student": student, "teacher": teacher}, target, weight, first, last, rest=True)
-    if not grad:
-        return loss, student.new_empty(0)
-    g = dkd_gradient(student, teacher, target, weight, first, last, alpha, beta, temperature, reduction)
-    return loss, g
+    return loss, *dkd_gradient(student, teacher, target, weight, first, last, alpha, beta, temperature, reduction, grad)
 
 
 def dkd_gradient(
@@ -149,7 +149,10 @@ def dkd_gradient(
     beta: float,
     temperature: float,
     reduction: int,
-) -> Tensor:
+    grad: bool,
+) -> tuple[Tensor, ...]:
+    if not grad:
+        return (student.new_empty(0),)
     s, t = _slices(first, last, student, teacher)
     index, fits, hot = _chosen(s, target - first)
     rest_s, rest_t = (x.masked_fill(hot, -math.inf) for x in (s, t))
@@ -158,12 +161,12 @@ def dkd_gradient(
     of_s, of_t = (torch.softmax(x / temperature, -1) for x in (rest_s, rest_t))
     g = temperature * (beta * (of_s - of_t) + alpha * difference * (hot.to(s.dtype) - of_s))
     g = torch.where(fits[:, None], g, math.nan)
-    return _widened(arguments.scaled(g, weight, reduction), student, first)
+    return (_widened(arguments.scaled(g, weight, reduction), student, first),)
 
 
 def jsd_loss(
     student: Tensor, teacher: Tensor, first: int, last: int, beta: float, temperature: float, reduction: int, grad: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S."""
     s, t = _slices(first, last, student, teacher)
     log_s, log_t = (torch.log_softmax(x / temperature, -1) for x in (s, t))
@@ -179,27 +182,28 @@ def jsd_loss(
         rows = _times(log_s.exp(), log_s - log_t).sum(-1)
     loss = arguments.reduced(temperature**2 * rows, None, reduction)
     arguments.complain(loss, {"student": student, "teacher": teacher}, None, None, first, last)
-    g = jsd_gradient(student, teacher, first, last, beta, temperature, reduction) if grad else student.new_empty(0)
-    return loss, g
+    return loss, *jsd_gradient(student, teacher, first, last, beta, temperature, reduction, grad)
 
 
 def jsd_gradient(
-    student: Tensor, teacher: Tensor, first: int, last: int, beta: float, temperature: float, reduction: int
-) -> Tensor:
+    student: Tensor, teacher: Tensor, first: int, last: int, beta: float, temperature: float, reduction: int, grad: bool
+) -> tuple[Tensor, ...]:
+    if not grad:
+        return (student.new_empty(0),)
     if beta == 0:
-        return kl_gradient(student, teacher, first, last, temperature, reduction)
+        return kl_gradient(student, teacher, first, last, temperature, reduction, grad)
     s, t = _slices(first, last, student, teacher)
     log_s, log_t = (torch.log_softmax(x / temperature, -1) for x in (s, t))
     p = log_s.exp()
     mixed = _log_mixture(log_s, log_t, beta)
     part = _times(p, (log_s - mixed) * (1.0 if beta == 1 else 1 - beta))
     g = temperature * (part - p * part.sum(-1, keepdim=True))
-    return _widened(arguments.scaled(g, None, reduction), student, first)
+    return (_widened(arguments.scaled(g, None, reduction), student, first),)
 
 
 def _slices(first: int, last: int, *logits: Tensor) -> list[Tensor]:
     """The columns of the slice in the dtype that is computed in: float64 where any is, else float32."""
-    work = torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+    work = arguments.work_dtype(*logits)
     return [x[:, first : None if last < 0 else last].to(work) for x in logits]
 
 
