@@ -330,12 +330,14 @@ def zero_redundancy_is_refused(rank: int, folder: Path) -> None:
 
 
 def main() -> None:
+    import optim_ftp_workers  # which takes the network and the loop from here
+
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     outcome: dict[str, str] = {}
     report = folder / f"outcome-{rank}.json"
-    for name, function in CHECKS.items():
+    for name, function in (CHECKS | optim_ftp_workers.CHECKS).items():
         (folder / name).mkdir(exist_ok=True)
         try:
             function(rank, folder / name)

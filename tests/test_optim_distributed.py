@@ -1,7 +1,7 @@
 """The optimizers under DDP, FSDP2 and distributed checkpoints, with two gloo processes on this machine.
 
 What this cannot show: NCCL's ordering, overlap, bandwidth, several machines. The checks are functions of
-optim_workers.py; two interpreters are started once and run them all.
+optim_workers.py and optim_ftp_workers.py; two interpreters are started once and run them all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-CHECKS = re.findall(r"^@check\ndef (\w+)", (TESTS / "optim_workers.py").read_text(encoding="utf-8"), re.M)
+WORKERS = "".join((TESTS / name).read_text(encoding="utf-8") for name in ("optim_workers.py", "optim_ftp_workers.py"))
+CHECKS = re.findall(r"^@check\ndef (\w+)", WORKERS, re.M)
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
@@ -55,7 +56,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 def test_there_are_checks() -> None:
-    assert len(CHECKS) >= 11
+    assert len(CHECKS) >= 20
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -15,7 +15,7 @@ Which test holds which property, here or elsewhere (`test_the_table_names_tests_
     11 resume                       test_optim_ftp_saving: test_resume_is_bit_exact, test_optim_ftp_gpu: test_resume_on_a_gpu
     12 gradients come and go        test_optim_ftp_rules: test_state_follows_the_parameter_when_gradients_come_and_go, test_unknown_names_are_refused_with_the_nearest
     13 found_inf, NaN               test_optim_ftp_rules: test_an_overflow_of_the_scaler_changes_nothing, test_a_nan_leaves_radius_and_other_rows_valid
-    14 syncs, capture, ranks        test_optim_ftp_gpu: test_no_step_waits_for_the_device, test_a_captured_step_is_the_eager_one, test_optim_ftp_rules: test_two_runs_are_equal_bit_for_bit, optim_ftp_workers: ddp_ranks_are_bit_equal
+    14 syncs, capture, ranks        test_optim_ftp_gpu: test_no_step_waits_for_the_device, test_a_captured_step_is_the_eager_one, test_optim_ftp_rules: test_two_runs_are_equal_bit_for_bit, optim_ftp_workers: ftp_ddp_ranks_are_bit_equal
     15 16-bit weights               test_16_bit_weights_are_stepped_in_a_float32_master
 """  # noqa: E501 - a table
 

@@ -26,14 +26,15 @@ Exclude = str | Tensor | Iterable[str | Tensor]
 class Held:
     """One parameter's anchor: the memory that steps work on, never the parameter's own.
 
-    `slot` is this process's part, None for a zero anchor. `digest` and `scale` (its mean row norm) are of the true
-    anchor, whatever a step keeps in the slot meanwhile. `record` is the radius state where a method has one: it
+    `slot` is this process's part, None for a zero anchor. `digest` (of the whole, `mine` of this part) and `scale` (its
+    mean row norm) are of the true anchor, whatever a step keeps in the slot meanwhile. `record` is the radius state where a method has one: it
     survives toolboxes that wipe `optimizer.state`.
     """
 
     name: str | None
     slot: Tensor | None
     digest: Tensor
+    mine: Tensor
     scale: float = 0.0
     record: Tensor | None = None
 
@@ -167,7 +168,7 @@ class AnchoredOptimizer(NamedOptimizer):
                     "a parameter was resized call `bind(model)`"
                 )
             if slot.device != here.device:  # the model was moved: its anchor follows
-                held.slot, held.digest = slot.to(here.device), held.digest.to(here.device)
+                held.slot = slot.to(here.device)
                 held.record = None if held.record is None else held.record.to(here.device)
         return held
 
@@ -205,12 +206,13 @@ class AnchoredOptimizer(NamedOptimizer):
             raise SubspaceMismatchError(f"{label}: {why}")
         _shards.rows(label, parameter)  # raises where rows are cut
         if anchor is None:
-            return Held(name, None, torch.zeros((), dtype=torch.int64, device=_shards.local(parameter).device))
+            nothing = torch.zeros((), dtype=torch.int64, device=_shards.local(parameter).device)
+            return Held(name, None, nothing, nothing)
         digest = _anchors.checksum(anchor, _shards.offset(parameter))
         scale = 0.0
         if self._wants_scale(parameter):
             scale = float(_rows.mean(anchor.double(), parameter, self._norm_of(parameter)))
-        return Held(name, _anchors.compact(label, anchor, self._anchor_dtype), digest, scale)
+        return Held(name, _anchors.compact(label, anchor, self._anchor_dtype), digest, digest, scale)
 
     def _wants_scale(self, parameter: Tensor) -> bool:
         """Whether the anchor's mean row norm is asked for, which reads a number from the device."""

@@ -202,7 +202,7 @@ class RadiusOptimizer(AnchoredOptimizer):
             torch._foreach_copy_(here, [lists.weights[i] for i in masters])
         if not torch.compiler.is_compiling():
             for p in lists.params:
-                self._versions[p] = _shards.local(p)._version
+                self._versions[p] = _shards.version(p)
 
     def _masters(self, group: dict[str, Any], params: list[Tensor], *moments: str) -> None:
         """The state of 16-bit parameters in float32, with a float32 copy of the weight that the steps work on."""
@@ -244,7 +244,7 @@ class RadiusOptimizer(AnchoredOptimizer):
         Only weights whose version has changed since the last step are looked at, so an ordinary step reads nothing.
         An edit that was taken back (an average swapped in for a test) is none.
         """
-        edited = [(p, held) for p, held in pairs if self._versions.get(p) != _shards.local(p)._version]
+        edited = [(p, held) for p, held in pairs if self._versions.get(p) != _shards.version(p)]
         if not edited or (edited[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         for p, _ in edited:
@@ -254,9 +254,7 @@ class RadiusOptimizer(AnchoredOptimizer):
                 master.copy_(torch.where(here == master.to(p.dtype), master, here.float()))
         down = self._floored(edited)
         for p, held in down:
-            made = Held(held.name, held.slot, _anchors.checksum(_shards.local(p).detach(), _shards.offset(p)))
-            self._agree_on({p: made})
-            if int(made.digest) != int(held.digest):
+            if int(_anchors.checksum(_shards.local(p).detach(), _shards.offset(p))) != int(held.mine):
                 raise RuntimeError(
                     f"{held.name}: the weight was edited while its radius is at the floor, where the weight itself is "
                     "the only copy of the anchor. Call `set_anchors` with the anchors, or put the weight back; to "

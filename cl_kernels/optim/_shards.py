@@ -30,6 +30,7 @@ __all__ = [
     "rows",
     "shard_groups",
     "summed",
+    "version",
     "whole",
 ]
 
@@ -61,6 +62,11 @@ def local(tensor: Any) -> Any:
 def all_local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """`local` of each."""
     return [local(tensor) for tensor in tensors]
+
+
+def version(tensor: Tensor) -> int:
+    """A count that grows with every write in place, but through `.data`; of a DTensor those through itself as well."""
+    return tensor._version + (local(tensor)._version if is_sharded(tensor) else 0)
 
 
 def whole(tensor: Tensor) -> Tensor:
