@@ -40,6 +40,10 @@ CLK_HOST_DEVICE inline AdamNumbers<T> adam_numbers(double step, double lr, doubl
     return n;
 }
 
+// <cmath> alone declares only the double form outside std, which took float steps through double, four times as long.
+CLK_HOST_DEVICE inline float root(float x) { return sqrtf(x); }
+CLK_HOST_DEVICE inline double root(double x) { return sqrt(x); }
+
 // The complete update of one element, -lr and decay included; the moments are updated. `largest` is null without
 // amsgrad. Where the first moment is 0 the direction is 0 too, so that eps = 0 makes no NaN.
 template <typename T, bool kAmsgrad>
@@ -52,7 +56,7 @@ CLK_HOST_DEVICE inline T adam_update(T weight, T grad, T& m, T& v, T* largest, c
         top = (v > *largest || v != v) ? v : *largest;  // NaN wins, as in torch.maximum
         *largest = top;
     }
-    const T direction = m / (sqrt(top) * n.denominator + n.eps);
+    const T direction = m / (root(top) * n.denominator + n.eps);
     return -n.rate * (m == T(0) ? m : direction) - n.decoupled * weight;
 }
 
