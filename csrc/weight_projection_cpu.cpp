@@ -3,6 +3,7 @@
 // The first pass reads all streams once and writes the moments, the unprojected weights and three sums for each row. A
 // radius pass first and one row pass after it (scheme C) writes weights once, but reads 12 bytes more: on one Zen 5
 // core and 28.4 M parameters 1.9 to 2.1 times AdamW's time, against 1.3 (no row projected) to 1.8 (all) here.
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -21,9 +22,7 @@ namespace {
 constexpr int64_t kItem = 16384;             // elements that a thread takes at a time: whole rows, or a part of one
 constexpr int64_t kWave = int64_t{1} << 18;  // elements between two barriers; a larger parameter is a wave of its own
 
-// What the sums of a row, or of a part of it, are; the radius then leaves what is to be done with the row in kScale.
-enum Sums : int { kDot, kLength, kMoved, kSums, kScale = kDot };
-constexpr double kStays = 2.0, kSpoiled = 3.0;  // in place of a scale: within the ball; not finite
+constexpr double kStays = 2.0, kSpoiled = 3.0;  // in place of a row's scale: within the ball; not finite
 
 struct Item {
     int64_t job, begin, end;  // elements
@@ -31,241 +30,127 @@ struct Item {
 };
 
 template <typename T>
-struct Job;
-
-template <typename T>
-struct Passes {
-    void (*step)(const Job<T>&, const Item&);
-    void (*rescale)(const Job<T>&, const Item&);
-};
-
-template <typename T>
 struct Job {
     const AnchoredParameter* parameter;
     const RadiusRule* rule;
-    AdamNumbers<T> adam;
-    SgdNumbers<T> sgd;
-    bool nesterov, still;      // still: lr is 0 and so is the gradient, and the weight and its radius stay as they are
+    BaseStep base;
+    BaseNumbers<T> numbers;
+    bool still;                // lr is 0 and so is the gradient: the weight and its radius stay as they are
     double step, grad_factor;  // the count after this step
     Radius before;
     RadiusMove move;
     int64_t parts;          // of a row
     int64_t sums_at;        // in the wave's sums
-    int64_t moved_at = -1;  // in the wave's scratch: 16-bit weights, which are rounded once and not before the rescale
+    int64_t moved_at = -1;  // in the wave's scratch: 16-bit weights, which are rounded once, and not before the rescale
     double* sums;
     T* moved;
-    Passes<T> passes;
 };
 
 template <typename T>
 struct Buffers {
     alignas(64) T weight[kTile], grad[kTile], first[kTile], second[kTile], largest[kTile], anchor[kTile];
     alignas(64) T before[kTile], after[kTile];
+
+    // `anchor` stays zero where there is none.
+    explicit Buffers(const AnchoredParameter& p) {
+        if (!p.anchor) std::memset(anchor, 0, sizeof anchor);
+    }
 };
 
-enum Kind : int { kAdam, kAmsgrad, kMomentum, kPlain };
-
-// w <- w - u, c <- w - anchor; moments are updated.
-template <typename T, Kind kind>
-CLK_INLINE void elements(const Job<T>& job, T* weight, const T* grad, T* first, T* second, T* largest, const T* anchor,
-                         T* after, int64_t count) {
-    const AdamNumbers<T> adam = job.adam;
-    const SgdNumbers<T> sgd = job.sgd;
-    const bool nesterov = job.nesterov;
-    T* __restrict w = weight;
-    const T* __restrict g = grad;
-    T* __restrict m = first;
-    T* __restrict v = second;
-    T* __restrict top = largest;
-    const T* __restrict a = anchor;
-    T* __restrict c = after;
-    for (int64_t i = 0; i < count; ++i) {
-        const T x = w[i];
-        T u, spare = T(0);
-        if constexpr (kind == kAdam || kind == kAmsgrad) {
-            T mean = m[i], square = v[i];
-            if constexpr (kind == kAmsgrad) {
-                T most = top[i];
-                u = adam_update<T, true>(x, g[i], mean, square, &most, adam);
-                top[i] = most;
-            } else {
-                u = adam_update<T, false>(x, g[i], mean, square, nullptr, adam);
-            }
-            m[i] = mean;
-            v[i] = square;
-        } else if constexpr (kind == kMomentum) {
-            T buffer = m[i];
-            u = sgd_update<T, true>(x, g[i], buffer, sgd, nesterov);
-            m[i] = buffer;
-        } else {
-            u = sgd_update<T, false>(x, g[i], spare, sgd, nesterov);
-        }
-        const T y = add_update(x, u, T(1));
-        w[i] = y;
-        c[i] = y - a[i];
-    }
-}
-
 // One tile of the first pass; b.before and b.after hold d and c then. Returns the gradient.
-template <typename T, Kind kind>
-CLK_INLINE const T* step_tile(const Job<T>& job, int64_t begin, int64_t count, Buffers<T>& b) {
+template <typename T>
+const T* step_tile(const TileOperations<T>& o, const Job<T>& job, int64_t begin, int64_t count, Buffers<T>& b) {
     const AnchoredParameter& p = *job.parameter;
-    const T* grad = tile_values<T>(p.grad, p.weight_type, begin, count, b.grad);
-    T* const room = job.moved ? job.moved + begin : b.weight;
-    T* weight = tile_values<T>(p.weight, p.weight_type, begin, count, room);
-    if (job.still && weight != b.weight) {
-        std::memcpy(b.weight, weight, sizeof(T) * count);
-        weight = b.weight;
+    const size_t bytes = sizeof(T) * static_cast<size_t>(count);
+    const auto values = [&](const void* memory, DType type, T* buffer) {
+        return memory ? tile_values(o, memory, type, begin, count, buffer) : nullptr;
+    };
+    const T* const grad = values(p.grad, p.weight_type, b.grad);
+    T* weight = values(p.weight, p.weight_type, job.moved ? job.moved + begin : b.weight);
+    if (job.still) weight = static_cast<T*>(std::memcpy(b.weight, weight, bytes));
+    T* const first = values(p.first, p.moment_type, b.first);
+    T* const second = values(p.second, p.moment_type, b.second);
+    T* const largest = values(p.largest, p.moment_type, b.largest);
+    T* const anchor = p.anchor ? values(p.anchor, p.anchor_type, b.anchor) : b.anchor;
+    if (job.before.floored && !job.still && p.anchor) {  // it holds c of the step before, and the weight is the anchor
+        std::memcpy(b.before, anchor, bytes);
+        std::memcpy(anchor, weight, bytes);
+        tile_store(o, p.anchor, p.anchor_type, begin, count, anchor);
+    } else {
+        o.difference(b.before, weight, anchor, count);
     }
-    T* first = nullptr;
-    T* second = nullptr;
-    T* largest = nullptr;
-    if constexpr (kind != kPlain) first = tile_values<T>(p.first, p.moment_type, begin, count, b.first);
-    if constexpr (kind == kAdam || kind == kAmsgrad) {
-        second = tile_values<T>(p.second, p.moment_type, begin, count, b.second);
-    }
-    if constexpr (kind == kAmsgrad) largest = tile_values<T>(p.largest, p.moment_type, begin, count, b.largest);
-    const T* anchor = b.anchor;  // zeros where there is none
-    if (p.anchor) {
-        T* const slot = tile_values<T>(p.anchor, p.anchor_type, begin, count, b.anchor);
-        if (job.before.floored && !job.still) {  // the slot holds c of the step before, the weight is the anchor
-            std::memcpy(b.before, slot, sizeof(T) * count);
-            std::memcpy(slot, weight, sizeof(T) * count);
-            tile_store<T>(p.anchor, p.anchor_type, begin, count, slot);
-        }
-        anchor = slot;
-    }
-    if (!job.before.floored) {
-        T* __restrict d = b.before;
-        const T* __restrict w = weight;
-        const T* __restrict a = anchor;
-        for (int64_t i = 0; i < count; ++i) d[i] = w[i] - a[i];
-    }
-    elements<T, kind>(job, weight, grad, first, second, largest, anchor, b.after, count);
-    if constexpr (kind != kPlain) tile_store<T>(p.first, p.moment_type, begin, count, first);
-    if constexpr (kind == kAdam || kind == kAmsgrad) tile_store<T>(p.second, p.moment_type, begin, count, second);
-    if constexpr (kind == kAmsgrad) tile_store<T>(p.largest, p.moment_type, begin, count, largest);
+    o.step[job.base](job.numbers, weight, grad, first, second, largest, anchor, b.after, count);
+    if (first) tile_store(o, p.first, p.moment_type, begin, count, first);
+    if (second) tile_store(o, p.second, p.moment_type, begin, count, second);
+    if (largest) tile_store(o, p.largest, p.moment_type, begin, count, largest);
     return grad;
 }
 
+// The first pass over whole rows, or over one part of a row.
 template <typename T>
-CLK_INLINE void add_sums(RowNorm norm, const T* grad, const T* before, const T* after, int64_t count, double* sums) {
-    sums[kDot] += tile_dot(grad, before, count);
-    const bool l1 = norm == RowNorm::l1;
-    sums[kLength] += l1 ? tile_length(before, count) : tile_dot(before, before, count);
-    sums[kMoved] += l1 ? tile_length(after, count) : tile_dot(after, after, count);
-}
-
-template <typename T, Kind kind>
-CLK_INLINE void step_body(const Job<T>& job, const Item& item) {
-    Buffers<T> b;
-    if (!job.parameter->anchor) std::memset(b.anchor, 0, sizeof b.anchor);
+void step_item(const TileOperations<T>& o, const Job<T>& job, const Item& item) {
+    Buffers<T> b(*job.parameter);
     const int64_t columns = job.parameter->columns;
-    const RowNorm norm = job.rule->norm;
+    const bool l1 = job.rule->norm == RowNorm::l1;
     double* sums = job.sums + item.sums * kSums;
     if (columns > kTile) {
-        for (int64_t at = item.begin; at < item.end;) {  // whole rows, or one part of a row
-            int64_t left = job.parts > 1 ? item.end - at : columns;
-            sums[kDot] = sums[kLength] = sums[kMoved] = 0.0;
-            while (left > 0) {
-                const int64_t count = std::min(left, kTile);
-                const T* const grad = step_tile<T, kind>(job, at, count, b);
-                add_sums(norm, grad, b.before, b.after, count, sums);
-                at += count;
-                left -= count;
+        for (int64_t at = item.begin; at < item.end; sums += kSums) {
+            const int64_t end = job.parts > 1 ? item.end : at + columns;
+            std::fill_n(sums, kSums, 0.0);
+            for (; at < end; at += std::min(end - at, kTile)) {
+                const int64_t count = std::min(end - at, kTile);
+                const T* const grad = step_tile(o, job, at, count, b);
+                o.sums(l1, grad, b.before, b.after, 1, count, sums);
             }
-            sums += kSums;
         }
         return;
     }
-    const int64_t rows = kTile / columns;
     for (int64_t at = item.begin; at < item.end;) {
-        const int64_t count = std::min(rows * columns, item.end - at);
-        const T* const grad = step_tile<T, kind>(job, at, count, b);
-        for (int64_t i = 0; i < count; i += columns, sums += kSums) {
-            sums[kDot] = sums[kLength] = sums[kMoved] = 0.0;
-            add_sums(norm, grad + i, b.before + i, b.after + i, columns, sums);
-        }
+        const int64_t count = std::min(kTile / columns * columns, item.end - at), rows = count / columns;
+        const T* const grad = step_tile(o, job, at, count, b);
+        std::fill_n(sums, rows * kSums, 0.0);
+        o.sums(l1, grad, b.before, b.after, rows, columns, sums);
+        sums += rows * kSums;
         at += count;
     }
 }
 
 // One stretch of a row: W <- W_0 + scale c; c goes into the anchor's slot where the tensor falls onto its anchor.
 template <typename T>
-CLK_INLINE void rescale_tile(const Job<T>& job, int64_t begin, int64_t count, double scale, Buffers<T>& b) {
+void rescale_tile(const TileOperations<T>& o, const Job<T>& job, int64_t begin, int64_t count, double scale,
+                  Buffers<T>& b) {
     const AnchoredParameter& p = *job.parameter;
-    T* const moved = job.moved ? job.moved + begin : static_cast<T*>(p.weight) + begin;
-    if (!job.move.collapsed && scale == kSpoiled) scale = kStays;
-    if (!job.move.collapsed && scale == kStays) {
-        if (job.moved) tile_store<T>(p.weight, p.weight_type, begin, count, moved);
-        return;
-    }
-    T* const anchor = p.anchor ? tile_values<T>(p.anchor, p.anchor_type, begin, count, b.anchor) : b.anchor;
-    T* __restrict w = moved;
-    T* __restrict a = anchor;
+    T* const weight = job.moved ? job.moved + begin : static_cast<T*>(p.weight) + begin;
     if (job.move.collapsed) {
-        for (int64_t i = 0; i < count; ++i) {
-            const T c = w[i] - a[i];
-            w[i] = a[i];
-            a[i] = scale == kSpoiled ? T(0) : c;
-        }
-        tile_store<T>(p.anchor, p.anchor_type, begin, count, anchor);
-    } else {
-        const T s = static_cast<T>(scale);
-        for (int64_t i = 0; i < count; ++i) w[i] = a[i] + s * (w[i] - a[i]);
+        T* const slot = tile_values(o, p.anchor, p.anchor_type, begin, count, b.anchor);
+        o.collapse(weight, slot, scale != kSpoiled, count);
+        tile_store(o, p.anchor, p.anchor_type, begin, count, slot);
+    } else if (scale != kStays && scale != kSpoiled) {
+        const T* anchor = b.anchor;
+        if (p.anchor) anchor = tile_values(o, p.anchor, p.anchor_type, begin, count, b.anchor);
+        o.rescale(weight, anchor, static_cast<T>(scale), count);
     }
-    if (job.moved) tile_store<T>(p.weight, p.weight_type, begin, count, moved);
+    if (job.moved) tile_store(o, p.weight, p.weight_type, begin, count, weight);
 }
 
 // Backwards, because the first pass has just left the end of its item in the cache.
 template <typename T>
-CLK_INLINE void rescale_body(const Job<T>& job, const Item& item) {
-    Buffers<T> b;
-    if (!job.parameter->anchor) std::memset(b.anchor, 0, sizeof b.anchor);
+void rescale_item(const TileOperations<T>& o, const Job<T>& job, const Item& item) {
+    Buffers<T> b(*job.parameter);
     const int64_t columns = job.parameter->columns;
     for (int64_t end = item.end; end > item.begin;) {
-        const int64_t row = (end - 1) / columns;
-        const int64_t count = std::min(end - std::max(item.begin, row * columns), kTile);
-        rescale_tile(job, end - count, count, job.sums[row * job.parts * kSums + kScale], b);
+        const int64_t row = (end - 1) / columns, start = std::max(item.begin, row * columns);
+        const double scale = job.sums[row * job.parts * kSums + kScale];
+        const bool skipped = !job.moved && !job.move.collapsed && (scale == kStays || scale == kSpoiled);
+        const int64_t count = skipped ? end - start : std::min(end - start, kTile);
+        if (!skipped) rescale_tile(o, job, end - count, count, scale, b);
         end -= count;
     }
 }
 
-template <typename T, Kind kind>
-struct Variants {
-    static void step_base(const Job<T>& job, const Item& item) { step_body<T, kind>(job, item); }
-    CLK_TARGET_AVX2 static void step_avx2(const Job<T>& job, const Item& item) { step_body<T, kind>(job, item); }
-    CLK_TARGET_AVX512 static void step_avx512(const Job<T>& job, const Item& item) { step_body<T, kind>(job, item); }
-};
-template <typename T>
-void rescale_base(const Job<T>& job, const Item& item) {
-    rescale_body(job, item);
-}
-template <typename T>
-CLK_TARGET_AVX2 void rescale_avx2(const Job<T>& job, const Item& item) {
-    rescale_body(job, item);
-}
-template <typename T>
-CLK_TARGET_AVX512 void rescale_avx512(const Job<T>& job, const Item& item) {
-    rescale_body(job, item);
-}
-
-template <typename T, Kind kind>
-Passes<T> passes_of() {
-    switch (isa()) {
-        case Isa::avx512:
-            return {&Variants<T, kind>::step_avx512, &rescale_avx512<T>};
-        case Isa::avx2:
-            return {&Variants<T, kind>::step_avx2, &rescale_avx2<T>};
-        default:
-            return {&Variants<T, kind>::step_base, &rescale_base<T>};
-    }
-}
-
-template <typename T>
-Passes<T> passes_of(const AnchoredParameter& p, BaseKind base) {
-    if (base == BaseKind::adam) return p.largest ? passes_of<T, kAmsgrad>() : passes_of<T, kAdam>();
-    return p.first ? passes_of<T, kMomentum>() : passes_of<T, kPlain>();
+BaseStep base_step(const AnchoredParameter& p, BaseKind kind) {
+    if (kind == BaseKind::adam) return p.largest ? kAmsgrad : kAdam;
+    return p.first ? kMomentum : kPlain;
 }
 
 // The radius of one parameter from the sums of its rows, and what is to be done with each row.
@@ -351,18 +236,19 @@ void add_job(Plan<T>& plan, const AnchoredParameter& p, const BaseSettings& base
     job.rule = &rule;
     job.step = 1.0 + (p.step ? static_cast<double>(*p.step) : p.steps);
     if (base.kind == BaseKind::adam) {
-        job.adam = adam_numbers<T>(job.step, base.lr, base.beta1, base.beta2, base.eps, base.weight_decay, base.flag,
-                                   true, base.grad_factor);
+        job.numbers.adam = adam_numbers<T>(job.step, base.lr, base.beta1, base.beta2, base.eps, base.weight_decay,
+                                           base.flag, true, base.grad_factor);
     } else {
-        job.sgd = sgd_numbers<T>(job.step, base.lr, base.beta1, base.beta2, base.weight_decay, base.grad_factor);
-        job.nesterov = base.flag;
+        job.numbers.sgd =
+            sgd_numbers<T>(job.step, base.lr, base.beta1, base.beta2, base.weight_decay, base.grad_factor);
+        job.numbers.nesterov = base.flag;
     }
     job.grad_factor = base.grad_factor;
     job.before = p.radius_type == DType::f64 ? load_radius(static_cast<const double*>(p.radius))
                                              : load_radius(static_cast<const float*>(p.radius));
     job.still = base.lr == 0.0 && is_zero(p);
     job.parts = p.columns > kItem ? (p.columns + kItem - 1) / kItem : 1;
-    job.passes = passes_of<T>(p, base.kind);
+    job.base = base_step(p, base.kind);
     plan.jobs.push_back(job);
 }
 
@@ -431,6 +317,7 @@ template <typename T>
 void run(Plan<T>& plan, void* memory, int threads) {
     double* const sums = static_cast<double*>(memory);
     T* const moved = reinterpret_cast<T*>(sums + plan.sums);
+    const TileOperations<T>& o = tile_operations<T>();
     for (Job<T>& job : plan.jobs) {
         job.sums = sums + job.sums_at;
         job.moved = job.moved_at < 0 ? nullptr : moved + job.moved_at;
@@ -448,7 +335,7 @@ void run(Plan<T>& plan, void* memory, int threads) {
             const int64_t begin = from.items + count * thread / team, end = from.items + count * (thread + 1) / team;
             for (int64_t i = begin; i < end; ++i) {
                 const Item& item = plan.items[i];
-                plan.jobs[item.job].passes.step(plan.jobs[item.job], item);
+                step_item(o, plan.jobs[item.job], item);
             }
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
@@ -458,7 +345,7 @@ void run(Plan<T>& plan, void* memory, int threads) {
             for (int64_t i = end - 1; i >= begin; --i) {
                 const Item& item = plan.items[i];
                 const Job<T>& job = plan.jobs[item.job];
-                if (!job.still) job.passes.rescale(job, item);
+                if (!job.still) rescale_item(o, job, item);
             }
 #pragma omp barrier
             from = wave;
