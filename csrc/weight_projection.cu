@@ -1,11 +1,13 @@
-// Steps with a trainable projection on CUDA: three launches for all tensors of a model (weight_projection_rows.h says what
-// each does). Nothing waits for the host: steps, learning rate, scale, found_inf and radii are read on the device, sums are
-// added in a fixed order, and parameters travel as kernel arguments, so a captured graph keeps what it was given.
+// Steps with a trainable projection on CUDA: three launches for all tensors of a model (weight_projection_rows.h says
+// what each does). Nothing waits for the host: steps, learning rate, scale, found_inf and radii are read on the device,
+// sums are added in a fixed order, and parameters travel as kernel arguments, so a captured graph keeps what it was
+// given.
 //
-// Bytes a parameter: the step reads W, G, m, v, W_0 and writes W, m, v (32); rescaled rows are read and written once more
-// (12). Blocks of 256 threads take about 8192 elements, 32 a thread. The step keeps five vectors of 4 floats and three sums
-// in 48 to 64 registers (ptxas, sm_80 and sm_90, no spills), so that four blocks, 32 warps, share an SM: 32 x 32 lanes x
-// 80 bytes on their way are 80 kB, three times the 26 kB that 4.3 TB/s over 132 SMs want at 800 ns.
+// Bytes a parameter: the step reads W, G, m, v, W_0 and writes W, m, v (32); rescaled rows are read and written once
+// more (12). Blocks of 256 threads take about 8192 elements, 32 a thread. The step holds five vectors of 4 floats and
+// three sums in 72 to 80 registers (ptxas, sm_80 and sm_90, no spills), so that three blocks, 24 warps, share an SM:
+// 24 x 32 lanes x 80 bytes on their way are 61 kB, over twice the 26 kB that 4.3 TB/s over 132 SMs want at 800 ns.
+// More blocks (64 registers) would spill.
 #include "common/launch.h"
 #include "weight_projection_rows.h"
 
@@ -13,7 +15,7 @@ namespace clk {
 namespace ftp {
 namespace {
 
-constexpr int kEntries = 312;  // ViT-L has 294 tensors; a table stays below the 32764 bytes that arguments may have
+constexpr int kEntries = 312;      // ViT-L has 294 tensors; a table stays below the 32764 bytes that arguments may have
 constexpr int kRescaleBlocks = 4;  // blocks of the step that one of the rescaling visits: most have nothing to do
 
 struct Table {
@@ -30,18 +32,18 @@ __device__ RowSums warp_total(RowSums s) {
     return {warp_sum(s.dot), warp_sum(s.before), warp_sum(s.after), warp_sum(s.moved)};
 }
 
-template <bool kAdam>
+template <Form kForm>
 __device__ __noinline__ void find_numbers(const Settings& settings, const Entry& entry, Numbers& numbers) {
-    numbers = numbers_of<kAdam>(settings, entry);
+    numbers = numbers_of<kForm>(settings, entry);
 }
 
-template <typename W, typename S, bool kAdam>
+template <typename W, typename S, Form kForm>
 __global__ void __launch_bounds__(kThreads, 3) cl_ftp_step(const __grid_constant__ Table table) {
     __shared__ Numbers numbers;
     __shared__ RowSums shares[kWarps];
     const int64_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const Entry& e = table.entries[entry_of(table.entries, table.count, blockIdx.x)];
-    if (thread == 0) find_numbers<kAdam>(table.settings, e, numbers);
+    if (thread == 0) find_numbers<kForm>(table.settings, e, numbers);
     __syncthreads();
     if (numbers.skip) return;
     const Split split = split_of(e.rows, e.columns);
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 3) cl_ftp_step(const __grid_constant
             const Place at = place_of(e, split, block, warp, turn);
             if (at.length == 0) return;
             RowSums sums{};
-            step_span<W, S, kAdam>(e, numbers, at.begin, at.length, lane, 32, sums);
+            step_span<W, S, kForm>(e, numbers, at.begin, at.length, lane, 32, sums);
             sums = warp_total(sums);
             if (lane == 0) table.slots[at.slot] = sums;
         }
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 3) cl_ftp_step(const __grid_constant
     }
     const Place at = place_of(e, split, block, 0, 0);
     RowSums sums{};
-    step_span<W, S, kAdam>(e, numbers, at.begin, at.length, thread, kThreads, sums);
+    step_span<W, S, kForm>(e, numbers, at.begin, at.length, thread, kThreads, sums);
     sums = warp_total(sums);
     if (lane == 0) shares[warp] = sums;
     __syncthreads();
@@ -166,13 +168,12 @@ void with_types(const AnchoredParameter& p, const F& f) {
 }
 
 template <typename W, typename S>
-void launch(const Table& table, bool adam, cudaStream_t stream) {
+void launch(const Table& table, Form form, cudaStream_t stream) {
     if (table.blocks > 0) {
-        if (adam) {
-            cl_ftp_step<W, S, true><<<table.blocks, kThreads, 0, stream>>>(table);
-        } else {
-            cl_ftp_step<W, S, false><<<table.blocks, kThreads, 0, stream>>>(table);
-        }
+        const auto step = form == Form::sgd    ? cl_ftp_step<W, S, Form::sgd>
+                          : form == Form::adam ? cl_ftp_step<W, S, Form::adam>
+                                               : cl_ftp_step<W, S, Form::amsgrad>;
+        step<<<table.blocks, kThreads, 0, stream>>>(table);
         launch_check("cl_ftp_step");
     }
     cl_ftp_policy<<<static_cast<unsigned>(table.count), kPolicyThreads, 0, stream>>>(table);
@@ -202,7 +203,7 @@ void ftp_step_cuda(const std::vector<AnchoredParameter>& parameters, const BaseS
         for (int64_t begin = 0; begin < total; begin += table.count) {
             table.verdicts = reinterpret_cast<Verdict*>(table.slots + slots) + begin;
             table.count = fill_table(parameters, begin, kEntries, table.entries, slot, table.blocks);
-            launch<decltype(w), decltype(s)>(table, base.kind == BaseKind::adam, stream_of(stream));
+            launch<decltype(w), decltype(s)>(table, form_of(base, parameters.front()), stream_of(stream));
         }
     });
 }

@@ -1,6 +1,6 @@
-// Plays csrc/weight_projection.cu on the host: the same tables and phases, a block after the other and thread by thread.
-// A phase ends where the kernel has a barrier; sums over a warp are the butterfly of common/math.cuh. Threads run in
-// reverse order too, when asked: a phase whose threads depended on each other would give another result.
+// Plays csrc/weight_projection.cu on the host: the same tables and phases, a block after the other and thread by
+// thread. A phase ends where the kernel has a barrier; sums over a warp are the butterfly of common/math.cuh. Threads
+// run in reverse order too, when asked: a phase whose threads depended on each other would give another result.
 #include <algorithm>
 #include <vector>
 
@@ -34,9 +34,9 @@ RowSums plus(const RowSums& a, const RowSums& b) {
     return {a.dot + b.dot, a.before + b.before, a.after + b.after, a.moved + b.moved};
 }
 
-template <typename W, typename S, bool kAdam>
+template <typename W, typename S, Form kForm>
 void step_block(const Entry& e, const Settings& settings, int64_t block, RowSums* slots) {
-    const Numbers numbers = numbers_of<kAdam>(settings, e);
+    const Numbers numbers = numbers_of<kForm>(settings, e);
     if (numbers.skip) return;
     const Split split = split_of(e.rows, e.columns);
     if (split.by_warp) {
@@ -46,7 +46,7 @@ void step_block(const Entry& e, const Settings& settings, int64_t block, RowSums
                 if (at.length == 0) return;
                 std::vector<RowSums> lanes(32, RowSums{});
                 for_threads(32, [&](int64_t lane) {
-                    step_span<W, S, kAdam>(e, numbers, at.begin, at.length, lane, 32, lanes[lane]);
+                    step_span<W, S, kForm>(e, numbers, at.begin, at.length, lane, 32, lanes[lane]);
                 });
                 slots[at.slot] = butterfly(lanes, plus);
             }
@@ -56,7 +56,7 @@ void step_block(const Entry& e, const Settings& settings, int64_t block, RowSums
     const Place at = place_of(e, split, block, 0, 0);
     std::vector<RowSums> threads(kThreads, RowSums{});
     for_threads(kThreads, [&](int64_t thread) {
-        step_span<W, S, kAdam>(e, numbers, at.begin, at.length, thread, kThreads, threads[thread]);
+        step_span<W, S, kForm>(e, numbers, at.begin, at.length, thread, kThreads, threads[thread]);
     });
     std::vector<RowSums> shares;
     for (int warp = 0; warp < kWarps; ++warp) {
@@ -140,11 +140,11 @@ void play_all(const std::vector<AnchoredParameter>& parameters, const Settings& 
         count = fill_table(parameters, begin, kTable, entries, slot, blocks);
         for (uint32_t block = 0; block < blocks; ++block) {
             const Entry& e = entries[entry_of(entries, count, block)];
-            if (settings.base.kind == BaseKind::adam) {
-                step_block<W, S, true>(e, settings, block - e.first_block, sums);
-            } else {
-                step_block<W, S, false>(e, settings, block - e.first_block, sums);
-            }
+            const Form form = form_of(settings.base, parameters.front());
+            const auto play = form == Form::sgd    ? step_block<W, S, Form::sgd>
+                              : form == Form::adam ? step_block<W, S, Form::adam>
+                                                   : step_block<W, S, Form::amsgrad>;
+            play(e, settings, block - e.first_block, sums);
         }
         for (int i = 0; i < count; ++i) policy(entries[i], settings, sums, verdicts[i]);
         rescale<W>(entries, count, blocks, settings, sums, verdicts);
@@ -167,10 +167,10 @@ extern "C" void play(const int64_t* pointers, const int64_t* sizes, const double
         {reinterpret_cast<const void*>(tensors[0]), tensors[1] != 0, reinterpret_cast<const float*>(tensors[2]),
          reinterpret_cast<const float*>(tensors[3])}};
     const DType weight = parameters.front().weight_type, moment = parameters.front().moment_type;
-    const auto all = weight == DType::f16 && moment == DType::f32     ? play_all<Half, float>
-                     : weight == DType::f16                           ? play_all<Half, Half>
-                     : weight == DType::bf16 && moment == DType::f32  ? play_all<BFloat16, float>
-                     : weight == DType::bf16                          ? play_all<BFloat16, BFloat16>
-                                                                      : play_all<float, float>;
+    const auto all = weight == DType::f16 && moment == DType::f32    ? play_all<Half, float>
+                     : weight == DType::f16                          ? play_all<Half, Half>
+                     : weight == DType::bf16 && moment == DType::f32 ? play_all<BFloat16, float>
+                     : weight == DType::bf16                         ? play_all<BFloat16, BFloat16>
+                                                                     : play_all<float, float>;
     all(parameters, settings, workspace);
 }
