@@ -308,3 +308,14 @@ def test_which_prompts_images_choose(plot: bool) -> None:
     usage[2] = {"blocks.0": [0.2] * 40}
     assert "40/40 (20 %)" in Page(render([result("l2p", 4, prompt_usage=usage)], plot=plot)).text
     assert "Which prompts" not in Page(render([result("nsp2", 0, prompt_usage=[{}] * 3)], plot=plot)).text
+
+
+def test_how_far_weights_went_from_their_anchors() -> None:
+    ftp = {"distance": 0.5, "relative": 0.0123, "radius": 0.061, "projected": 0.5, "fire_rate": 1.0}
+    reports = [{"blocks.0.attn.qkv.weight": ftp}, {"blocks.0.attn.qkv.weight": {"distance": 1.0, "relative": 0.25}}, {}]
+    page = Page(render([result("ftp", 3, anchoring=reports), result("full", 0, anchoring=[{}, {}, {}])]))
+    assert "How far the weights went from their anchors" in page.text
+    assert "ftp, seed 3" in page.text
+    assert "1.23 % (radius 0.061, 50 % of rows, 100 % of steps) 25.00 %" in page.text
+    assert "full, seed 0" not in page.text
+    assert "How far the weights" not in Page(render([result("full", 0)])).text

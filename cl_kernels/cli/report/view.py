@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import charts
+from .anchors import anchored
 from .distillation import teachers
 from .prompts import prompt_usage
 from .shift import corrupted
@@ -32,6 +33,7 @@ def section(found: Section, key: str, *, draw: bool) -> dict[str, Any]:
         "teachers": teachers(found, key, draw=draw),
         "corrupted": corrupted(found, key, draw=draw),
         "prompts": prompt_usage(found, key, draw=draw),
+        "anchored": anchored(found),
         "subspaces": _subspaces(found, key, draw=draw),
         "subspace_seed": next((f"seed {g.results[0]['seed']}" for g in found.groups if subspace_use(g.results[0])), ""),
         "runs": [
