@@ -48,8 +48,8 @@ class Recurrence:
     def _radius(self, name: str, grad: Tensor, n: Tensor) -> Tensor:
         state = self.moments[name]
         if self.t == 1:
-            state["a"] = state["b"] = torch.zeros((), dtype=n.dtype)
-            return torch.full((), 1e-8, dtype=n.dtype)
+            state["a"] = state["b"] = n.new_zeros(())
+            return n.new_full((), 1e-8)
         c, before = self.cached[name]
         h = ((grad * c).sum(1) / before).sum()
         self.h[name] = h

@@ -22,7 +22,7 @@ from cl_kernels import rules
 from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.integrations import avalanche, timm
 from cl_kernels.ops import Projector
-from cl_kernels.optim import ProjectedAdam, ProjectedAdamW, ProjectedSGD
+from cl_kernels.optim import FTPSGD, FTPAdamW, ProjectedAdam, ProjectedAdamW, ProjectedSGD
 from cl_kernels.subspace import CovarianceCollector, SubspaceStore, build_store
 
 ROUNDING = 5e-5
@@ -87,6 +87,23 @@ def test_timm_makes_ours_and_not_its_own(factory: Any, name: str, kind: type) ->
     assert set(optimizer.violations()) == {"body.weight"}
     assert max(optimizer.violations().values()) <= 1e-3
     assert name in factory.list_optimizers("nsp*")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ftpadamw", FTPAdamW), ("ftpsgd", FTPSGD)])
+def test_timm_makes_anchored_optimizers(factory: Any, name: str, kind: type) -> None:
+    net = Net()
+    given = {"anchors": dict(net.named_parameters()), "kappa": 0.5}
+    optimizer = factory.create_optimizer_v2(net, name, lr=1e-3, param_group_fn=timm.named_groups(0.05), **given)
+    assert type(optimizer) is kind
+    assert [group["kappa"] for group in optimizer.param_groups] == [0.5] * len(optimizer.param_groups)
+    if name == "ftpsgd":
+        assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["nesterov"]) == (0.9, True)
+    for _ in range(5):
+        net(torch.randn(9, 16)).square().mean().backward()
+        optimizer.step()
+    assert set(optimizer.radii()) == {"body.weight", "body.bias"}
+    assert max(optimizer.radii().values()) > 0
+    assert name in factory.list_optimizers("ftp*")
 
 
 def test_registered_names_have_no_underscore(factory: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,23 +9,30 @@ from typing import Any
 from torch import nn
 
 from cl_kernels._timm import import_timm
-from cl_kernels.optim import ProjectedAdam, ProjectedAdamW, ProjectedSGD
+from cl_kernels.optim import FTPSGD, FTPAdamW, ProjectedAdam, ProjectedAdamW, ProjectedSGD
 
 __all__ = ["named_groups", "register"]
 
 # No underscores: timm's factory keeps only what follows the last one, and nsp_adamw would silently be its own AdamW.
-_OPTIMIZERS: tuple[tuple[str, type, dict[str, Any]], ...] = (
-    ("nspadam", ProjectedAdam, {"has_betas": True}),
-    ("nspadamw", ProjectedAdamW, {"has_betas": True}),
-    ("nspsgd", ProjectedSGD, {"has_eps": False, "has_momentum": True, "defaults": {"nesterov": True}}),
+_ADAM: dict[str, Any] = {"has_betas": True}
+_SGD: dict[str, Any] = {"has_eps": False, "has_momentum": True, "defaults": {"nesterov": True}}
+_PROJECTED, _ANCHORED = "each update is projected, see its `subspace`", "weights stay near their anchors, see `anchors`"
+_OPTIMIZERS: tuple[tuple[str, type, dict[str, Any], str], ...] = (
+    ("nspadam", ProjectedAdam, _ADAM, _PROJECTED),
+    ("nspadamw", ProjectedAdamW, _ADAM, _PROJECTED),
+    ("nspsgd", ProjectedSGD, _SGD, _PROJECTED),
+    ("ftpadamw", FTPAdamW, _ADAM, _ANCHORED),
+    ("ftpsgd", FTPSGD, _SGD, _ANCHORED),
 )
 
 
 def register() -> tuple[str, ...]:
-    """Add nspadam, nspadamw and nspsgd to timm's optimizers and return these names; doing it again changes nothing.
+    """Add nspadam, nspadamw, nspsgd, ftpadamw and ftpsgd to timm's optimizers and return these names; doing it again
+    changes nothing.
 
         register()
         create_optimizer_v2(model.named_parameters(), "nspadamw", lr=1e-3, subspace=store)
+        create_optimizer_v2(model.named_parameters(), "ftpadamw", lr=1e-4, anchors="pretrained.safetensors")
 
     Defaults are those that timm gives adam, adamw and sgd: no weight decay unless asked for, Nesterov momentum 0.9.
     Raises `ImportError` where timm is missing or too old (it needs `timm.optim.OptimInfo`, 1.0.12).
@@ -39,11 +46,11 @@ def register() -> tuple[str, ...]:
             f'this timm has no registry of optimizers ({error}); pip install "cl-kernels[timm]" brings one that has'
         ) from error
     known = set(registry.list_optimizers())
-    for name, kind, traits in _OPTIMIZERS:
+    for name, kind, traits, what in _OPTIMIZERS:
         if name not in known:
-            text = f"{kind.__name__} of cl_kernels: each update is projected, see its `subspace`"
+            text = f"{kind.__name__} of cl_kernels: {what}"
             registry.register(info(name=name, opt_class=kind, description=text, **traits))
-    return tuple(name for name, _, _ in _OPTIMIZERS)
+    return tuple(name for name, *_ in _OPTIMIZERS)
 
 
 def named_groups(

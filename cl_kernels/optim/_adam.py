@@ -11,9 +11,12 @@ from torch.optim.adam import adam
 from cl_kernels.optim import _gradients
 from cl_kernels.optim._named import NamedOptimizer
 
-__all__ = ["AdamTwin", "Betas"]
+__all__ = ["ADAM", "AdamTwin", "Betas"]
 
 Betas = tuple[float | Tensor, float | Tensor]
+ADAM = (
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
+)  # fmt: skip
 
 
 class AdamTwin(NamedOptimizer):

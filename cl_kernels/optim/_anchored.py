@@ -26,9 +26,9 @@ Exclude = str | Tensor | Iterable[str | Tensor]
 class Held:
     """One parameter's anchor: the memory that steps work on, never the parameter's own.
 
-    `slot` is this process's part, None for a zero anchor. `digest` (of the whole, `mine` of this part) and `scale` (its
-    mean row norm) are of the true anchor, whatever a step keeps in the slot meanwhile. `record` is the radius state where a method has one: it
-    survives toolboxes that wipe `optimizer.state`.
+    `slot` is this process's part, None for a zero anchor. `digest` (of the whole; `mine` of this part) and `scale` (its
+    mean row norm) are of the true anchor, whatever a step keeps in the slot meanwhile. `record` is the radius state
+    where a method has one: it survives toolboxes that wipe `optimizer.state`.
     """
 
     name: str | None
@@ -252,6 +252,10 @@ class AnchoredOptimizer(NamedOptimizer):
     def _labels(self) -> dict[Tensor, str]:
         """Names, or positions for parameters that have none."""
         return {p: self._names.get(p, str(i)) for i, p in enumerate(_names.grouped(self.param_groups))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._left_out = {}
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,11 @@ from torch.optim.sgd import sgd
 
 from cl_kernels.optim._named import NamedOptimizer
 
-__all__ = ["SGDTwin"]
+__all__ = ["SGD", "SGDTwin"]
+
+SGD = (
+    "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused",
+)  # fmt: skip
 
 
 class SGDTwin(NamedOptimizer):

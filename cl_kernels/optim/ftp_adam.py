@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from cl_kernels.ops.weight_projection import ftp_adam_
 from cl_kernels.ops.weight_projection.arguments import Adam
 from cl_kernels.optim import _shards
-from cl_kernels.optim._adam import AdamTwin, Betas
-from cl_kernels.optim._anchored import Anchors, Exclude
-from cl_kernels.optim._anchors import DEFAULT_EXCLUDE
-from cl_kernels.optim._radii import Lists, RadiusOptimizer
+from cl_kernels.optim._adam import ADAM, AdamTwin, Betas
+from cl_kernels.optim._radii import Lists, RadiusOptimizer, RadiusOptions
 
 __all__ = ["FTPAdamW"]
 
@@ -54,47 +51,16 @@ class FTPAdamW(RadiusOptimizer, AdamTwin):
         weight_decay: float = 0,
         amsgrad: bool = False,
         *,
-        anchors: Anchors = "init",
-        kappa: float = 1.0,
-        radius_lr: float = 1e-2,
-        exclude: Exclude = DEFAULT_EXCLUDE,
-        norm: str = "row_l1",
-        radius: float | None = None,
-        anchor_dtype: torch.dtype | str | None = None,
-        masked: bool = False,
-        relative_radius_lr: bool = False,
-        radius_floor: float = 1e-8,
-        master_weights: bool = True,
-        full_state: bool = False,
-        nonfinite: str = "propagate",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        **options: Unpack[RadiusOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": True,
-            "kappa": kappa,
-            "radius_lr": radius_lr,
-            "relative_radius_lr": relative_radius_lr,
-            "masked": masked,
-            "radius_floor": radius_floor,
-            "norm": norm,
-            "radius": radius,
-            "master_weights": master_weights,
-        }
-        super().__init__(params, defaults, full_state, anchors, exclude, anchor_dtype, nonfinite)
+        given = locals()
+        defaults = {name: given[name] for name in ADAM} | {"decoupled_weight_decay": True}
+        super().__init__(params, defaults, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from cl_kernels.ops.weight_projection import ftp_sgd_
 from cl_kernels.ops.weight_projection.arguments import SGD
-from cl_kernels.optim import _gradients, _shards
-from cl_kernels.optim._anchored import Anchors, Exclude
-from cl_kernels.optim._anchors import DEFAULT_EXCLUDE
-from cl_kernels.optim._radii import Lists, RadiusOptimizer
+from cl_kernels.optim import _gradients, _sgd, _shards
+from cl_kernels.optim._radii import Lists, RadiusOptimizer, RadiusOptions
 from cl_kernels.optim._sgd import SGDTwin
 
 __all__ = ["FTPSGD"]
@@ -34,44 +32,14 @@ class FTPSGD(RadiusOptimizer, SGDTwin):
         weight_decay: float = 0,
         nesterov: bool = False,
         *,
-        anchors: Anchors = "init",
-        kappa: float = 1.0,
-        radius_lr: float = 1e-2,
-        exclude: Exclude = DEFAULT_EXCLUDE,
-        norm: str = "row_l1",
-        radius: float | None = None,
-        anchor_dtype: torch.dtype | str | None = None,
-        masked: bool = False,
-        relative_radius_lr: bool = False,
-        radius_floor: float = 1e-8,
-        master_weights: bool = True,
-        full_state: bool = False,
-        nonfinite: str = "propagate",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
+        **options: Unpack[RadiusOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "kappa": kappa,
-            "radius_lr": radius_lr,
-            "relative_radius_lr": relative_radius_lr,
-            "masked": masked,
-            "radius_floor": radius_floor,
-            "norm": norm,
-            "radius": radius,
-            "master_weights": master_weights,
-        }
-        super().__init__(params, defaults, full_state, anchors, exclude, anchor_dtype, nonfinite)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in _sgd.SGD}, **options)
 
     def _moments(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], ...]:
         moments = ("momentum_buffer",) if group["momentum"] else ()

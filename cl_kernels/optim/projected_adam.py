@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cl_kernels.ops.projection import step_
 from cl_kernels.optim import _shards
-from cl_kernels.optim._adam import AdamTwin, Betas
+from cl_kernels.optim._adam import ADAM, AdamTwin, Betas
 from cl_kernels.optim._base import ProjectedOptimizer
 from cl_kernels.optim._subspace import Prepared
 
@@ -54,20 +54,8 @@ class ProjectedAdam(AdamTwin, ProjectedOptimizer):
         differentiable: bool = False,
         project_decay: bool = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "project_decay": project_decay,
-        }
+        given = locals()
+        defaults = {name: given[name] for name in (*ADAM, "decoupled_weight_decay", "project_decay")}
         super().__init__(params, defaults, subspace, nonfinite)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_kernels.ops.projection import Side, project_sides
 from cl_kernels.optim import _gradients, _shards
 from cl_kernels.optim._base import ProjectedOptimizer
-from cl_kernels.optim._sgd import SGDTwin
+from cl_kernels.optim._sgd import SGD, SGDTwin
 
 __all__ = ["ProjectedSGD"]
 
@@ -39,17 +39,8 @@ class ProjectedSGD(SGDTwin, ProjectedOptimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
+        given = locals()
+        defaults = {name: given[name] for name in SGD}
         super().__init__(params, defaults, subspace, nonfinite)
 
     def _checked_lists(
