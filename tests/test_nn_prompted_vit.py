@@ -19,6 +19,7 @@ except ImportError as reason:
 from timm.layers import AttentionRope, RmsNorm
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 
+import cl_kernels as clk
 from cl_kernels.nn import PromptedViT
 
 
@@ -126,6 +127,48 @@ def test_prompted_features_and_gradients_are_those_of_the_definition(
         strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("dtype", "value", "slope"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 5e-6, 1e-5)])
+def test_pb3_a_prefix_is_the_same_as_prompts_that_are_rows(
+    backend: str, dtype: torch.dtype, value: float, slope: float
+) -> None:
+    """VPT-deep: what the queries and MLPs of prompt rows compute is thrown away, so a prefix leaves them out."""
+    torch.manual_seed(3)
+    backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=0).to(dtype)
+    model = PromptedViT(backbone, prompts=11, placement="prefix")
+    x = images(backbone, dtype=dtype)
+    with clk.use_backend(backend):
+        got = model(x)
+        weight = torch.randn(got.shape, dtype=dtype)
+        slopes = torch.autograd.grad((got * weight).sum(), list(model.prompts))
+    model.double()
+    wanted = reference(model, x.double())
+    expected = torch.autograd.grad((wanted * weight).sum(), list(model.prompts))
+    assert 0.5 < float(wanted.abs().mean()) < 2  # the bound is for values of order 1
+    assert float((got - wanted).abs().max()) <= value
+    for ours, theirs in zip(slopes, expected, strict=True):
+        assert float((ours - theirs).norm()) <= slope * float(theirs.norm())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_pb2_the_order_of_prompts_and_their_place_do_not_matter(backend: str) -> None:
+    backbone = vit(embed_dim=48, depth=2)
+    model = PromptedViT(backbone, prompts=9, init="vpt")
+    x = images(backbone)
+    with clk.use_backend(backend):
+        plain = model(x)
+        with torch.no_grad():
+            for prompt in model.prompts:
+                prompt.copy_(prompt[:, torch.randperm(9, generator=torch.Generator().manual_seed(2))])
+        shuffled = model(x)
+        model.placement = "prepend"
+        before = model(x)
+    size = float(plain.abs().mean())
+    assert not torch.equal(plain, before)
+    assert float((plain - shuffled).abs().max()) <= 3e-6 * max(1.0, size)
+    assert float((plain - before).abs().max()) <= 3e-6 * max(1.0, size)
 
 
 def test_prompt_names_are_block_indices() -> None:

@@ -4,7 +4,7 @@ CPU: torch's attention over concatenated keys is one well-blocked pass and a cop
 many queries as keys the merge takes 1.03 to 1.2 times as long, whatever the prefix. It wins where the copies of k and
 v are large and little else is done (few queries: 0.65 to 0.95 of the time at 64 images), where a shared prefix is much
 longer than the tokens (0.3 to 0.9) and where only the prefix trains, as no gradient of the tokens is formed then (0.45
-to 0.75). Measured on one thread of a Zen 4, float32.
+to 0.75). Measured on one thread of a Zen 5, float32.
 
 CUDA, by bytes and not measured. In units of one tensor of the queries' size, r = M / N and a shared prefix, forward
 takes 8 + 4 r concatenated (4 + 2 r of it the copies) and 7 merged; backward 8 + 6 r and 16. So the merge wins without

@@ -79,15 +79,16 @@ def fused_gradients(
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         calls = [lambda: backward(grad, q, k, v, out, lse, 0.0, False, scale=scale)]
     elif q.device.type == "cuda":
-        seed = torch.empty(2, dtype=torch.int64, device=q.device)  # of a dropout that is not there: never read
         if _flash_takes(q):
-            sizes = (None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed[:1])
+            seed, offset = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
+            sizes = (None, None, q.shape[2], k.shape[2], 0.0, False, seed, offset)
             calls.append(
                 lambda: aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse, *sizes, scale=scale)
             )
+        unread = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of a dropout that is not there
         calls.append(
             lambda: aten._scaled_dot_product_efficient_attention_backward(
-                grad, q, k, v, None, out, _padded(lse), seed[0], seed[1], 0.0, [True, True, True, False], scale=scale
+                grad, q, k, v, None, out, _padded(lse), unread, unread, 0.0, [True, True, True, False], scale=scale
             )
         )
     found = _first(calls)
