@@ -74,7 +74,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 class TestPhases:
     @pytest.mark.parametrize("pool", POOLS)
-    @pytest.mark.parametrize("distillation", [name for name in DISTILLATIONS if name != "none"])
+    @pytest.mark.parametrize("distillation", [name for name in DISTILLATIONS if name not in ("none", "labels")])
     def test_each_phase_moves_its_own_model_alone(self, pool: str, distillation: str) -> None:
         """PA7, PA8: the teacher is bit for bit the same while it teaches, and neither backbone ever has a gradient."""
         method = student(prompt_pool=pool, distillation=distillation)
@@ -211,6 +211,16 @@ class TestLosses:
         )
         expected = (1 - alpha) * F.cross_entropy(hard, local) + alpha * 9 * kl + found.loss
         torch.testing.assert_close(method.loss((images, labels)), expected, atol=2e-6, rtol=2e-6)
+
+    def test_a_second_head_by_itself(self) -> None:
+        """The control: both heads learn the labels, and nobody teaches."""
+        method = student(distillation="labels", alpha=0.3)
+        method.begin_task(TASKS[0])
+        images, labels = TASKS[0].images()
+        found = method.model(images, train=True)
+        local = method.heads.columns(labels)
+        hard, soft = (F.cross_entropy(h(z), local) for h, z in ((method.heads, found.cls), (method.kd_heads, found.kd)))
+        torch.testing.assert_close(method.loss((images, labels)), 0.7 * hard + 0.3 * soft + found.loss)
 
     def test_decoupled(self) -> None:
         method, images, labels = self.setup_student(distillation="decoupled", alpha=0.25)

@@ -25,7 +25,7 @@ from cl_kernels.ops.distillation import distillation_loss, dkd_loss
 
 __all__ = ["DISTILLATIONS", "KDP", "KDPOptions"]
 
-DISTILLATIONS = ("none", "logit", "decoupled", "feature", "token", "kdp")
+DISTILLATIONS = ("none", "labels", "logit", "decoupled", "feature", "token", "kdp")
 _POOLS: dict[str, type[PoolOptions]] = {
     "l2p": L2POptions,
     "dualprompt": DualPromptOptions,
@@ -41,7 +41,8 @@ class KDPOptions(PoolOptions):
     * prompt_pool: "coda-prompt", "l2p", "dualprompt" or "apt"; pool_options: a mapping of that pool's own options.
     * distillation: "kdp" (KD token, KD prompts, KD head); "token" (without the KD prompts, as DeiT); "logit" (the class
       head learns from the teacher, nothing is added); "decoupled" (DKD, its temperature 4); "feature" (logit, and
-      `feature_weight` times the mean squared error of a projection of the last rows); "none" (no teacher at all).
+      `feature_weight` times the mean squared error of a projection of the last rows). Without a teacher: "none", and
+      "labels", whose KD head learns the labels too: what a second head gives by itself.
     * alpha: weighs labels against teacher, (1 - alpha) CE + alpha T^2 KL, and the two heads in the prediction.
     * kd_temperature: T.
     * kd_length, kd_blocks: rows of a KD prompt, half keys and half values, and the blocks that may have one (None:
@@ -114,14 +115,14 @@ class KDP(PoolMethod):
 
     def __init__(self, backbone: nn.Module, options: Options) -> None:
         super().__init__(backbone, options)
-        self.needs_teacher = self.options.distillation != "none"
+        self.needs_teacher = self.options.distillation not in ("none", "labels")
         self.phases = ("teacher", "student") if self.needs_teacher else ("student",)
         self.kd_heads = self._new_heads()
         self.projection: nn.Linear | None = None
 
     @property
     def _reads_token(self) -> bool:
-        return self.options.distillation in ("token", "kdp")
+        return self.options.distillation in ("labels", "token", "kdp")
 
     def _new_heads(self) -> Heads:
         return Heads(self.heads.dim, self.options.head, self.options.head_scale)
@@ -136,7 +137,7 @@ class KDP(PoolMethod):
                 blocks,
                 pool.heads,
                 chosen.kd_length,
-                prompts=chosen.distillation == "kdp",
+                prompts=chosen.distillation != "token",
                 decouple=chosen.decouple,
             )
         return PooledViT(backbone, pool, token, prune=chosen.distillation != "feature")
@@ -245,7 +246,7 @@ class KDP(PoolMethod):
         query, taught = facts if facts else self.per_image(images)
         with _last_rows(self.model, self.options.distillation == "feature") as rows:
             found: Pooled = self.model(images, query, train=True)
-        if not self.needs_teacher:
+        if self.options.distillation == "none":
             return self._cross_entropy(found.cls, labels) + found.loss
         return self._student_loss(found, labels, taught) + found.loss + self._feature_loss(images, query, rows)
 
@@ -258,6 +259,9 @@ class KDP(PoolMethod):
             soft = dkd_loss(wide, taught, local)
             return (1 - alpha) * F.cross_entropy(wide / chosen.temperature, local) + alpha * soft
         signal = self.kd_heads.head(self._current)(_token(found)) if self._reads_token else hard
+        if not self.needs_teacher:
+            of_class, of_token = (F.cross_entropy(z / chosen.temperature, local) for z in (wide, signal.to(wide.dtype)))
+            return (1 - alpha) * of_class + alpha * of_token
         loss: Tensor = distillation_loss(
             hard / chosen.temperature, signal, taught, local, alpha=alpha, temperature=chosen.kd_temperature
         )
