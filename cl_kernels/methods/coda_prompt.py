@@ -56,3 +56,4 @@ class CODAPrompt(PoolMethod):
 
     name: ClassVar[str] = "coda-prompt"
     options_type: ClassVar[type[Options]] = CODAPromptOptions
+    default_lr: ClassVar[float] = 5e-3  # of 1e-3, 5e-3, 2e-2 and 0.1 the best on new digits, where 2e-2 forgets

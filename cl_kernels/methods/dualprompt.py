@@ -76,3 +76,4 @@ class DualPrompt(PoolMethod):
 
     name: ClassVar[str] = "dualprompt"
     options_type: ClassVar[type[Options]] = DualPromptOptions
+    default_lr: ClassVar[float] = 5e-3  # of 1e-3, 5e-3, 2e-2 and 0.1 the best on new digits, with 2e-2

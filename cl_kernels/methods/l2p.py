@@ -58,3 +58,4 @@ class L2P(PoolMethod):
 
     name: ClassVar[str] = "l2p"
     options_type: ClassVar[type[Options]] = L2POptions
+    default_lr: ClassVar[float] = 5e-3  # of 1e-3, 5e-3, 2e-2 and 0.1 the best on new digits, where 2e-2 forgets
