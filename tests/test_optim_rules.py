@@ -499,7 +499,8 @@ def train(kind, file, pause):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
     options = {"amsgrad": True} if kind != "ProjectedSGD" else {"momentum": 0.9}
-    optimizer = getattr(optim, kind)(net.named_parameters(), lr=1e-2, subspace=store, **options)
+    options |= {"exclude": ()} if kind == "FTPAdamW" else {"subspace": store}
+    optimizer = getattr(optim, kind)(net.named_parameters(), lr=1e-2, **options)
     step = 0
     if os.path.exists(file):
         saved = torch.load(file, weights_only=True)
@@ -512,7 +513,7 @@ def train(kind, file, pause):
             os.replace(file + ".new", file)
     return net
 
-for kind in ("ProjectedAdamW", "ProjectedSGD"):
+for kind in ("ProjectedAdamW", "ProjectedSGD", "FTPAdamW"):
     path = os.path.join(folder, kind)
     straight = train(kind, path + ".other", False)  # also the imports that torch puts off until a first step
     rng, killed, resumed = random.Random(7), 0, 0
@@ -541,7 +542,7 @@ def test_kill_9_between_steps_and_resume_bit_for_bit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RESUMED, str(tmp_path), "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=TESTS.parent)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 3
     for line in done.stdout.splitlines():
         killed, resumed, at, same = line.split()
         assert int(killed) >= 2

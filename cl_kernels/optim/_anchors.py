@@ -20,7 +20,7 @@ __all__ = ["DEFAULT_EXCLUDE", "Lookup", "checksum", "compact", "excluded", "fini
 
 DEFAULT_EXCLUDE = ("head.*",)
 Lookup = Callable[[str | None, Tensor], Tensor | None]  # (name, parameter) -> its anchor, its own memory; None: zero
-_BLOCK = 1 << 20  # elements that are hashed at a time: their 64-bit numbers take 8 MB
+_BLOCK = 1 << 16  # elements that are hashed at a time: their 64-bit numbers stay in a cache
 _16 = (torch.bfloat16, torch.float16)
 
 
@@ -125,20 +125,28 @@ def finite(named: Sequence[tuple[str, Tensor]]) -> None:
 def checksum(value: Tensor, offset: int = 0) -> Tensor:
     """64 bits of a tensor's values, 0-d int64 on its device: the same on every device and for every 16-bit form.
 
-    A sum over elements of a mixed function of position and bits, so that shards add up to the whole: `offset` is the
-    position of the first element. Not cryptographic: it tells anchors apart, it does not guard them.
+    A sum of each element's bits times a number that belongs to its place, modulo 2^64, so that shards add up to the
+    whole: `offset` is the place of the first element. It tells anchors apart, it does not guard them.
     """
     work = torch.promote_types(value.dtype, torch.float32)
-    bits = torch.int64 if work is torch.float64 else torch.int32
+    kind = torch.int64 if work is torch.float64 else torch.int32
+    bits = value.detach().reshape(-1).to(work).view(kind)
+    weights = _mixed(torch.arange(min(_BLOCK, offset + bits.numel()), device=value.device))
     total = torch.zeros((), dtype=torch.int64, device=value.device)
-    flat = value.detach().reshape(-1)
-    for at in range(0, flat.numel(), _BLOCK):
-        part = flat[at : at + _BLOCK].to(work).view(bits).to(torch.int64)
-        place = torch.arange(offset + at + 1, offset + at + 1 + part.numel(), device=value.device)
-        mixed = (part ^ (place * -7046029254386353131)) * -4417276706812531889  # odd 64-bit constants of xxHash
-        mixed ^= mixed >> 29
-        total += (mixed * 1609587929392839161).sum()
+    at = 0
+    while at < bits.numel():
+        block, start = divmod(offset + at, _BLOCK)
+        part = bits[at : at + _BLOCK - start]
+        total += (part * weights[start : start + part.numel()]).sum() * _mixed(torch.full_like(total, ~block))
+        at += part.numel()
     return total
+
+
+def _mixed(place: Tensor) -> Tensor:
+    """Odd 64-bit numbers without order, one for each integer; the constants are xxHash's."""
+    x = (place + 1) * -7046029254386353131
+    x = (x ^ (x >> 32)) * -4417276706812531889
+    return (x ^ (x >> 29)) | 1
 
 
 def excluded(
