@@ -39,6 +39,7 @@ TABLES = {
         "lorac-ipc, image by image",
         "lorac-ipc, told its task",
     ),
+    "pools": ("linear", "sequential (prompts)", "l2p", "dualprompt", "coda-prompt"),
 }
 
 
