@@ -166,10 +166,10 @@ def cases(quick: bool) -> Iterable[Case]:
     yield vpt_deep(384, 12, 8, 100, 224, "cpu")
     for prefix in (4, 100):
         for what in (FORWARD, ALL, PREFIX):
-            yield attention(Sizes(8, 6, 197, 197, prefix), what, "cpu", compiled=compiled)
-    yield attention(Sizes(64, 6, 2, 198, 53), FORWARD, "cpu", compiled=compiled)
+            yield attention(Sizes(8, 6, 197, 197, prefix), what, "cpu", compiled=compiled and what == ALL)
+    yield attention(Sizes(64, 6, 2, 198, 53), FORWARD, "cpu")
     yield attention(Sizes(64, 6, 2, 198, 53), ALL, "cpu")
-    yield attention(Sizes(64, 6, 17, 17, 100), ALL, "cpu", compiled=compiled)
+    yield attention(Sizes(64, 6, 17, 17, 100), ALL, "cpu")
     yield attention(Sizes(8, 6, 197, 197, 50, shared=False), ALL, "cpu")
     yield attention(Sizes(8, 6, 197, 197, 50), ALL, "cpu", torch.bfloat16)
 
