@@ -181,9 +181,8 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
         yield step_case(SMALL, 0.3, device, base="sgd")
         return
     for model in (GOAL, "ViT-B/16", "ResNet-50", "ViT-L/16"):
-        for share in SHARES:
-            if fits(model, device):
-                yield step_case(model, share, device, compile_too=model == GOAL or device == "cuda")
+        for share in SHARES if fits(model, device) else ():
+            yield step_case(model, share, device, compile_too=model == GOAL or device == "cuda")
     for model in (GOAL, "ResNet-50"):
         yield step_case(model, 0.3, device, base="sgd")
 
