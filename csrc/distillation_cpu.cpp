@@ -1,9 +1,9 @@
 // Row by row: the maxima of student and teacher; one pass for both exponentials, their sums, and the sum of
-// exp(t) (t - s); one pass that turns the exponentials into the gradient where they lie.
+// exp(v) (v - u); one pass that turns the exponentials into the gradient where they lie.
 //
-//     KL = sum exp(t - mt) ((t - mt) - (s - ms)) / zt - (log zt - log zs)
+//     KL = sum exp(v) (v - u) / zt - (log zt - log zs),  u = (s - max s) / T,  v = (t - max t) / T
 //
-// keeps its digits where student and teacher are close, which a difference of two cross-entropies does not, and is
+// keeps its digits where student and teacher are close, which a difference of two log-softmaxes does not, and is
 // exactly 0 where they are equal. The exponential is a Taylor polynomial after the usual reduction by powers of two,
 // right to about 1 ulp; below e^-87 (e^-708 in double) it is 0. Sums lie in lanes, in chains of at most 64.
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/simd.h"
+
 #include "distillation.h"
 
 namespace clk {
@@ -149,14 +150,17 @@ struct Lanes {
         double student, teacher, product;
     };
 
-    // The same of s / T - top_s and t / T - top_t, and the sum of e_t ((t / T - top_t) - (s / T - top_s)).
+    // The same of u = (s - top_s) / T and v = (t - top_t) / T, and the sum of exp(v) (v - u). Where the maxima are
+    // close, v - u is taken from differences of logits, which are exact for close ones; elsewhere those would lose
+    // digits.
     CLK_INLINE static Sums exponentials(const S* s, const S* t, int64_t n, S top_s, S top_t, S cold, S* e_s, S* e_t) {
         V total_s{}, total_t{}, total_p{}, part_s{}, part_t{}, part_p{};
-        const S shift = top_t - top_s;
+        const S apart = top_t - top_s;
+        const bool close = std::abs(apart) <= S(2);
         for (int64_t i = 0, chain = 0; i < n; i += count) {
             const V x = load(s, i, n), y = load(t, i, n);
-            const V a = exp(x * cold - top_s), b = exp(y * cold - top_t);
-            const V p = b * ((y - x) * cold - shift);
+            const V u = (x - top_s) * cold, v = (y - top_t) * cold, a = exp(u), b = exp(v);
+            const V p = b * (close ? ((y - x) - apart) * cold : v - u);
             store(e_s, i, n, a);
             store(e_t, i, n, b);
             part_s += a;
@@ -314,16 +318,15 @@ CLK_INLINE double one_row(const DistillationBatch& p, int64_t row, double factor
         s_target = s[y], t_target = t[y];
         scratch[y] = scratch[2 * stride + y] = -std::numeric_limits<S>::infinity();
     }
-    const S cold = static_cast<S>(1.0 / p.temperature), top_s = L::largest(s, n) * cold,
-            top_t = L::largest(t, n) * cold;
+    const S cold = static_cast<S>(1.0 / p.temperature), top_s = L::largest(s, n), top_t = L::largest(t, n);
     S* const e_t = scratch + 4 * stride;
     const auto sums = L::exponentials(s, t, n, top_s, top_t, cold, g.values, e_t);
     const double log_s = std::log(sums.student), log_t = std::log(sums.teacher), warm = p.temperature * factor;
     loss += p.soft_weight * p.temperature * warm * (sums.product / sums.teacher - (log_t - log_s));
     double for_s = p.soft_weight, odds_gap = 0.0;
     if (p.decoupled) {
-        const double odds_s = static_cast<double>(s_target) / p.temperature - top_s - log_s;
-        const double odds_t = static_cast<double>(t_target) / p.temperature - top_t - log_t;
+        const double odds_s = (static_cast<double>(s_target) - top_s) / p.temperature - log_s;
+        const double odds_t = (static_cast<double>(t_target) - top_t) / p.temperature - log_t;
         const double p_t = std::exp(log_sigmoid(odds_t)), rest_t = std::exp(log_sigmoid(-odds_t));
         loss += p.two_way_weight * p.temperature * warm *
                 (times(p_t, log_sigmoid(odds_t) - log_sigmoid(odds_s)) +

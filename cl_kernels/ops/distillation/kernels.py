@@ -108,14 +108,16 @@ def soft_row(
     """weight T^2 (soft KL + two_way KL of (target, rest)) of a row, in float64, and its gradient; only a decoupled loss
     has the second part, and its first one sees the rest alone.
 
-    sum e_t (t - s) is taken of logits that the first block's maxima are subtracted from: a common shift costs nothing.
+    In the sum of e_t (t - s) the maxima of the first block are subtracted: from the difference where they are close,
+    for differences of close logits are exact, and from each logit elsewhere.
     """
     at = tl.arange(0, BLOCK)
     left_out = tl.where(decoupled != 0, y, -1)
     cold = (1.0 / temperature).to(WORK)
     top_s = tl.full((), float("-inf"), WORK)
     top_t = tl.full((), float("-inf"), WORK)
-    shift = tl.zeros((), WORK)
+    first_s = tl.zeros((), WORK)
+    first_t = tl.zeros((), WORK)
     total_s = tl.zeros((BLOCK,), WORK)
     total_t = tl.zeros((BLOCK,), WORK)
     product = tl.zeros((BLOCK,), WORK)
@@ -127,7 +129,7 @@ def soft_row(
         column = start + at
         x = tl.load(place(s, s_offset, column, s_stride, UNIT, ALIGNED), mask=column < n, other=float("-inf"))
         z = tl.load(place(t, t_offset, column, t_stride, UNIT, ALIGNED), mask=column < n, other=float("-inf"))
-        x, z = x.to(WORK) * cold, z.to(WORK) * cold
+        x, z = x.to(WORK), z.to(WORK)
         target_s += tl.where(column == left_out, x, 0.0)
         target_t += tl.where(column == left_out, z, 0.0)
         x = tl.where(column == left_out, float("-inf"), x)
@@ -135,23 +137,26 @@ def soft_row(
         higher_s, higher_t = tl.maximum(top_s, tl.max(x, 0)), tl.maximum(top_t, tl.max(z, 0))
         point_s, point_t = reference_point(higher_s), reference_point(higher_t)
         if start == 0:
-            shift = point_t - point_s
-        e_s, e_t = tl.exp(x - point_s), tl.exp(z - point_t)
-        shrink = tl.exp(top_t - point_t)
-        total_s = total_s * tl.exp(top_s - point_s) + e_s
+            first_s, first_t = point_s, point_t
+        apart = first_t - first_s
+        difference = tl.where(tl.abs(apart) <= 2, (z - x) - apart, (z - first_t) - (x - first_s))
+        e_s, e_t = tl.exp((x - point_s) * cold), tl.exp((z - point_t) * cold)
+        shrink = tl.exp((top_t - point_t) * cold)
+        total_s = total_s * tl.exp((top_s - point_s) * cold) + e_s
         total_t = total_t * shrink + e_t
-        product = times(shrink, product) + times(e_t, (z - x) - shift)
+        product = times(shrink, product) + times(e_t, difference)
         top_s, top_t = higher_s, higher_t
     top_s = tl.where(top_s == float("-inf"), float("nan"), top_s)
     top_t = tl.where(top_t == float("-inf"), float("nan"), top_t)
     all_s, all_t = tl.sum(total_s, 0).to(tl.float64), tl.sum(total_t, 0).to(tl.float64)
-    gap = (top_t.to(tl.float64) - top_s.to(tl.float64)) - shift.to(tl.float64)
+    wide_s, wide_t = top_s.to(tl.float64), top_t.to(tl.float64)
     log_s, log_t = tl.log(all_s), tl.log(all_t)
-    loss = soft * (tl.sum(product, 0).to(tl.float64) / all_t - gap - (log_t - log_s))
+    moved = (wide_t - wide_s) - (first_t - first_s).to(tl.float64)  # 0 where the first block holds both maxima
+    loss = soft * ((tl.sum(product, 0).to(tl.float64) / all_t - moved) / temperature - (log_t - log_s))
     for_target = tl.zeros((), tl.float64)
     if decoupled:
-        odds_s = tl.sum(target_s, 0).to(tl.float64) - top_s.to(tl.float64) - log_s
-        odds_t = tl.sum(target_t, 0).to(tl.float64) - top_t.to(tl.float64) - log_t
+        odds_s = (tl.sum(target_s, 0).to(tl.float64) - wide_s) / temperature - log_s
+        odds_t = (tl.sum(target_t, 0).to(tl.float64) - wide_t) / temperature - log_t
         log_yes, log_no, yes, no = two_ways(odds_t)
         student_log_yes, student_log_no, student_yes, _ = two_ways(odds_s)
         loss += two_way * (times(yes, log_yes - student_log_yes) + times(no, log_no - student_log_no))
@@ -168,8 +173,10 @@ def soft_row(
             if LOOP:
                 again_s = place(s, s_offset, column, s_stride, UNIT, ALIGNED)
                 again_t = place(t, t_offset, column, t_stride, UNIT, ALIGNED)
-                e_s = tl.exp(tl.load(again_s, mask=column < n, other=float("-inf")).to(WORK) * cold - top_s)
-                e_t = tl.exp(tl.load(again_t, mask=column < n, other=float("-inf")).to(WORK) * cold - top_t)
+                x = tl.load(again_s, mask=column < n, other=float("-inf")).to(WORK)
+                e_s = tl.exp((x - top_s) * cold)
+                x = tl.load(again_t, mask=column < n, other=float("-inf")).to(WORK)
+                e_t = tl.exp((x - top_t) * cold)
             g = tl.where(column == left_out, at_target, e_s * for_s - e_t * for_t)
             g = tl.where(weight == 0, 0.0, g).to(gradient.dtype.element_ty)
             tl.store(place(gradient, to, column, 1, True, ALIGNED), g, mask=column < n)
