@@ -496,7 +496,7 @@ def test_16_bit_weights_learn_a_radius(backend, dtype):
 
 
 def test_a_zero_anchor_takes_no_memory_and_is_a_ball_around_zero(backend):
-    """What is zero before training (adapters): the steps that an anchor of zeros gives, but for rounding at the floor."""
+    """What is zero before training (adapters): the steps of an anchor of zeros, but for rounding at the floor."""
     shapes = [(6, 40), (30,)]
     p, q = start(shapes=shapes), start(shapes=shapes)
     p["params"] = [torch.zeros_like(w) for w in p["params"]]
