@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,18 +204,6 @@ class TestSPD:
                 push(optimizer, weight, -1.0)
             assert push(optimizer, weight, 0.05) == 0.0
 
-    def test_maximize_turns_the_sign(self) -> None:
-        models = net(torch.float64), net(torch.float64)
-        for model, sign in zip(models, (1.0, -1.0), strict=True):
-            optimizer = SPDAdamW(model.named_parameters(), lr=1e-2, maximize=sign < 0, exclude=())
-            for batch in batches(30, torch.float64):
-                optimizer.zero_grad()
-                (sign * F.cross_entropy(model.eval()(batch[0]), batch[1])).backward()
-                optimizer.step()
-            assert sum(optimizer.fired().values()) > 0
-        for key, value in values(models[0]).items():
-            torch.testing.assert_close(values(models[1])[key], value, rtol=1e-12, atol=0)
-
 
 class TestL2SP:
     def test_coupled_is_the_gradient_of_the_penalty(self) -> None:
@@ -275,6 +264,62 @@ class TestPulledLoops:
             assert torch.equal(value, values(again)[key]), key
         assert resumed.fired() == straight.fired()
         assert sum(straight.fired().values()) > 0
+
+    @pytest.mark.parametrize("name", PULLED)
+    def test_maximize_turns_the_sign(self, name: str) -> None:
+        models = net(torch.float64), net(torch.float64)
+        for model, sign in zip(models, (1.0, -1.0), strict=True):
+            optimizer = PULLED[name](model.named_parameters(), lr=1e-2, strength=0.9, maximize=sign < 0, exclude=())
+            for batch in batches(30, torch.float64):
+                optimizer.zero_grad()
+                (sign * F.cross_entropy(model.eval()(batch[0]), batch[1])).backward()
+                optimizer.step()
+            assert sum(optimizer.fired().values()) > 0
+        for key, value in values(models[0]).items():
+            torch.testing.assert_close(values(models[1])[key], value, rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("name", PULLED)
+    @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])  # noqa: S301 - its own bytes
+    def test_copies_go_on_as_the_original(self, name: str, how: Callable[[Any], Any]) -> None:
+        model = net()
+        optimizer = PULLED[name](model.named_parameters(), lr=1e-2)
+        train(model, optimizer, 5)
+        other, copied = how((model, optimizer))
+        for each, stepper in ((model, optimizer), (other, copied)):
+            train(each, stepper, 5, seed=2)
+        for key, value in values(model).items():
+            assert torch.equal(value, values(other)[key]), key
+        assert copied.fired() == optimizer.fired()
+
+    @pytest.mark.parametrize("name", PULLED)
+    def test_it_goes_on_from_a_state_of_torchs_adamw(self, name: str) -> None:
+        runs = []
+        for strength in (0.0, 0.6):
+            model, twin = net(), net()
+            adamw = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0)
+            train(twin, adamw, 5)
+            optimizer = PULLED[name](model.named_parameters(), lr=1e-2, strength=strength)
+            model.load_state_dict(twin.state_dict())
+            optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
+            train(model, optimizer, 5, seed=2)
+            train(twin, adamw, 5, seed=2)
+            runs.append(torch.equal(model.body.weight, twin.body.weight))
+        assert runs == [True, False], "the strength is this optimizer's"
+
+    @pytest.mark.parametrize("name", ["spd", "l2-sp coupled"])
+    def test_it_compiles_to_one_graph(self, name: str) -> None:
+        torch.compiler.reset()
+        weights = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+        made = [PULLED[name]([("w", w)], lr=torch.tensor(1e-2), foreach=False, exclude=()) for w in weights]
+        steps = made[0].step, torch.compile(made[1].step, fullgraph=True, backend="eager")
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(4):
+            gradient = torch.randn(3, 4, generator=generator)
+            for w, step in zip(weights, steps, strict=True):
+                w.grad = gradient.clone()
+                step()
+        torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+        assert made[0].fired() == made[1].fired()
 
     def test_a_state_of_other_anchors_is_refused(self) -> None:
         model = net()

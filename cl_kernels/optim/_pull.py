@@ -68,8 +68,11 @@ class PulledAdamW(AnchoredOptimizer, AdamTwin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._left_out = {}
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+            for key in {"strength", "coupled"} & self.defaults.keys():  # a state of torch's AdamW does not say
+                group.setdefault(key, self.defaults[key])
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
