@@ -31,7 +31,7 @@ class SPD(CountingWeights):
     points back is scaled towards the anchor.
 
     With <G, W - W_0> > 0, r = max(0, (|c| - |d|) / |c|) and d, c the displacement before and after the step, W <- W_0 +
-    (1 - strength r) c; else nothing happens. It acts in few steps, and says in how many (`fire_rate`)."""
+    (1 - strength r) c; else nothing happens. Results say in how many steps it acted (`fire_rate`)."""
 
     name: ClassVar[str] = "spd"
     options_type: ClassVar[type[Options]] = SPDOptions

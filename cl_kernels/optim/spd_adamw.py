@@ -27,8 +27,9 @@ class SPDAdamW(PulledAdamW):
     decay (0 here by default; what is given is torch's ordinary decay towards zero). Where strength r > 1 the weight
     stops at its anchor.
 
-    It acts seldom: the step must have gone outward although the gradient says inward, by momentum or by another
-    element's sake. `fired()` and `fire_rate()` count it. Transcriptions with the condition inverted act in most steps.
+    It acts where the step has gone outward although the gradient says inward, by momentum or for another element's
+    sake: often near the anchor, seldom in long runs. `fired()` and `fire_rate()` count it. Transcriptions with the
+    condition inverted are in circulation.
 
     Arguments as `torch.optim.AdamW`; `params`, `anchors`, `exclude`, `anchor_dtype` and what they raise as in
     `FTPAdamW` (`anchors=None` is a zero anchor, for adapters that start at zero). No host synchronisation. Cost:
