@@ -35,6 +35,7 @@ struct Job {
     const RadiusRule* rule;
     BaseStep base;
     BaseNumbers<T> numbers;
+    bool early;                // the radius is known beforehand: a row is rescaled as soon as it is summed
     bool still;                // lr is 0 and so is the gradient: the weight and its radius stay as they are
     double step, grad_factor;  // the count after this step
     Radius before;
@@ -86,33 +87,11 @@ const T* step_tile(const TileOperations<T>& o, const Job<T>& job, int64_t begin,
     return grad;
 }
 
-// The first pass over whole rows, or over one part of a row.
+// What is to be done with a row whose norm is n.
 template <typename T>
-void step_item(const TileOperations<T>& o, const Job<T>& job, const Item& item) {
-    Buffers<T> b(*job.parameter);
-    const int64_t columns = job.parameter->columns;
-    const bool l1 = job.rule->norm == RowNorm::l1;
-    double* sums = job.sums + item.sums * kSums;
-    if (columns > kTile) {
-        for (int64_t at = item.begin; at < item.end; sums += kSums) {
-            const int64_t end = job.parts > 1 ? item.end : at + columns;
-            std::fill_n(sums, kSums, 0.0);
-            for (; at < end; at += std::min(end - at, kTile)) {
-                const int64_t count = std::min(end - at, kTile);
-                const T* const grad = step_tile(o, job, at, count, b);
-                o.sums(l1, grad, b.before, b.after, 1, count, sums);
-            }
-        }
-        return;
-    }
-    for (int64_t at = item.begin; at < item.end;) {
-        const int64_t count = std::min(kTile / columns * columns, item.end - at), rows = count / columns;
-        const T* const grad = step_tile(o, job, at, count, b);
-        std::fill_n(sums, rows * kSums, 0.0);
-        o.sums(l1, grad, b.before, b.after, rows, columns, sums);
-        sums += rows * kSums;
-        at += count;
-    }
+double scale_of(const Job<T>& job, double n) {
+    if (!is_finite(n)) return kSpoiled;
+    return n > job.move.gamma ? static_cast<double>(static_cast<T>(job.move.gamma) / static_cast<T>(n)) : kStays;
 }
 
 // One stretch of a row: W <- W_0 + scale c; c goes into the anchor's slot where the tensor falls onto its anchor.
@@ -133,19 +112,61 @@ void rescale_tile(const TileOperations<T>& o, const Job<T>& job, int64_t begin, 
     if (job.moved) tile_store(o, p.weight, p.weight_type, begin, count, weight);
 }
 
-// Backwards, because the first pass has just left the end of its item in the cache.
+// Rows of an item, or the part of one that it is, from the last to the first: the end is what the cache still holds.
+template <typename T>
+void rescale_rows(const TileOperations<T>& o, const Job<T>& job, int64_t begin, int64_t end, const double* sums,
+                  Buffers<T>& b) {
+    const int64_t columns = job.parameter->columns;
+    while (end > begin) {
+        const int64_t row = (end - 1) / columns, start = std::max(begin, row * columns);
+        const double* const first = sums + (row - begin / columns) * job.parts * kSums;
+        const double moved = job.rule->norm == RowNorm::l1 ? first[kMoved] : std::sqrt(first[kMoved]);
+        const double scale = job.early ? scale_of(job, moved + kTiny) : first[kScale];
+        const bool skipped = !job.moved && !job.move.collapsed && (scale == kStays || scale == kSpoiled);
+        for (int64_t at = end; !skipped && at > start; at -= std::min(at - start, kTile)) {
+            const int64_t count = std::min(at - start, kTile);
+            rescale_tile(o, job, at - count, count, scale, b);
+        }
+        end = start;
+    }
+}
+
+// The first pass over whole rows, or over one part of a row.
+template <typename T>
+void step_item(const TileOperations<T>& o, const Job<T>& job, const Item& item) {
+    Buffers<T> b(*job.parameter);
+    const int64_t columns = job.parameter->columns;
+    const bool l1 = job.rule->norm == RowNorm::l1;
+    double* sums = job.sums + item.sums * kSums;
+    if (columns > kTile) {
+        for (int64_t at = item.begin; at < item.end; sums += kSums) {
+            const int64_t end = job.parts > 1 ? item.end : at + columns;
+            std::fill_n(sums, kSums, 0.0);
+            for (; at < end; at += std::min(end - at, kTile)) {
+                const int64_t count = std::min(end - at, kTile);
+                const T* const grad = step_tile(o, job, at, count, b);
+                o.sums(l1, grad, b.before, b.after, 1, count, sums);
+            }
+            if (job.early) rescale_rows(o, job, end - columns, end, sums, b);
+        }
+        return;
+    }
+    for (int64_t at = item.begin; at < item.end;) {
+        const int64_t count = std::min(kTile / columns * columns, item.end - at), rows = count / columns;
+        const T* const grad = step_tile(o, job, at, count, b);
+        std::fill_n(sums, rows * kSums, 0.0);
+        o.sums(l1, grad, b.before, b.after, rows, columns, sums);
+        if (job.early) rescale_rows(o, job, at, at + count, sums, b);
+        sums += rows * kSums;
+        at += count;
+    }
+}
+
 template <typename T>
 void rescale_item(const TileOperations<T>& o, const Job<T>& job, const Item& item) {
     Buffers<T> b(*job.parameter);
-    const int64_t columns = job.parameter->columns;
-    for (int64_t end = item.end; end > item.begin;) {
-        const int64_t row = (end - 1) / columns, start = std::max(item.begin, row * columns);
-        const double scale = job.sums[row * job.parts * kSums + kScale];
-        const bool skipped = !job.moved && !job.move.collapsed && (scale == kStays || scale == kSpoiled);
-        const int64_t count = skipped ? end - start : std::min(end - start, kTile);
-        if (!skipped) rescale_tile(o, job, end - count, count, scale, b);
-        end -= count;
-    }
+    const int64_t row = item.begin / job.parameter->columns;
+    rescale_rows(o, job, item.begin, item.end, job.sums + row * job.parts * kSums, b);
 }
 
 BaseStep base_step(const AnchoredParameter& p, BaseKind kind) {
@@ -184,13 +205,11 @@ void move_radius_of(Job<T>& job) {
     const bool fixed = p.fixed == p.fixed;
     job.move = move_radius<R>(job.before, h, heard, job.step, p.radius_lr, p.fixed, rule.kappa, rule.floor,
                               p.anchor != nullptr);
-    const T gamma = static_cast<T>(job.move.gamma);
     for (int64_t row = 0; row < p.rows; ++row) {
         double* const first = job.sums + row * job.parts * kSums;
         const double n = first[kMoved];
-        const bool hit = is_finite(n) && n > job.move.gamma;
-        hits += hit ? 1.0 : 0.0;
-        first[kScale] = hit ? static_cast<double>(gamma / static_cast<T>(n)) : is_finite(n) ? kStays : kSpoiled;
+        hits += is_finite(n) && n > job.move.gamma ? 1.0 : 0.0;
+        first[kScale] = scale_of(job, n);
     }
     store_radius(static_cast<R*>(p.radius), job.before, job.move, h, largest, hits, static_cast<double>(p.rows), fixed);
 }
@@ -249,6 +268,11 @@ void add_job(Plan<T>& plan, const AnchoredParameter& p, const BaseSettings& base
     job.still = base.lr == 0.0 && is_zero(p);
     job.parts = p.columns > kItem ? (p.columns + kItem - 1) / kItem : 1;
     job.base = base_step(p, base.kind);
+    if (p.fixed == p.fixed) {
+        const bool wide = p.radius_type == DType::f64;
+        job.move = {wide ? p.fixed : static_cast<float>(p.fixed), job.before.first, job.before.second, false};
+        job.early = job.parts == 1 && !job.still;
+    }
     plan.jobs.push_back(job);
 }
 
@@ -345,7 +369,7 @@ void run(Plan<T>& plan, void* memory, int threads) {
             for (int64_t i = end - 1; i >= begin; --i) {
                 const Item& item = plan.items[i];
                 const Job<T>& job = plan.jobs[item.job];
-                if (!job.still) rescale_item(o, job, item);
+                if (!job.still && !job.early) rescale_item(o, job, item);
             }
 #pragma omp barrier
             from = wave;
