@@ -1,9 +1,9 @@
 """An ordinary timm training loop in which one line changes: the optimizer.
 
-    python examples/replace_optimizer.py            # needs timm and scikit-learn; about 20 seconds on one core
+    python examples/replace_optimizer.py            # needs timm and scikit-learn; about 30 seconds on one core
 
-A small ViT learns the digits 0-4, then the digits 5-9. The second task is trained twice from the same weights, with
-`torch.optim.AdamW` and with `ProjectedAdamW`; then both are asked about the first task again.
+A small ViT learns the digits 0-4, then the digits 5-9. The second task is trained three times from the same weights,
+with `torch.optim.AdamW`, `ProjectedAdamW` and `FTPAdamW`; then each is asked about the first task again.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ def run(epochs: int = 15, keep: float = 0.99, lr: float = 3e-3, seed: int = 0) -
     store = remember(model, first, keep)
 
     results = {}
-    for name in ("AdamW", "ProjectedAdamW"):
+    for name in ("AdamW", "ProjectedAdamW", "FTPAdamW"):
         copied = copy.deepcopy(model)
         if name == "AdamW":
             optimizer = torch.optim.AdamW(copied.parameters(), lr=lr)
+        elif name == "FTPAdamW":
+            optimizer = clk.optim.FTPAdamW(copied.named_parameters(), lr=lr)  # near the first task's weights, softly
         else:
             optimizer = clk.optim.ProjectedAdamW(copied.named_parameters(), lr=lr, subspace=store)  # the one line
         torch.manual_seed(seed)

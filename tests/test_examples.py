@@ -30,6 +30,7 @@ def test_the_loop_does_not_know_its_optimizer(example: ModuleType) -> None:
     assert "subspace" not in loop
     lines = [line for line in inspect.getsource(example).splitlines() if "ProjectedAdamW(" in line]
     assert len(lines) == 1
+    assert sum("FTPAdamW(" in line for line in inspect.getsource(example).splitlines()) == 1
 
 
 @pytest.mark.filterwarnings("error")
@@ -41,3 +42,5 @@ def test_one_line_keeps_the_first_task(example: ModuleType) -> None:
     assert plain["first"] + plain["forgotten"] > 0.8, "the first task was not learned: nothing to forget"
     assert projected["forgotten"] < 0.8 * plain["forgotten"]
     assert projected["second"] > 0.6
+    assert results["FTPAdamW"]["forgotten"] < plain["forgotten"]
+    assert results["FTPAdamW"]["second"] > 0.6

@@ -156,7 +156,9 @@ def test_the_documentation_is_python_and_names_what_exists() -> None:
     assert len(blocks) >= 8
     for block in blocks:
         ast.parse(block)
-    for name in set(re.findall(r"\b(?:Projected\w+|project_updates|SubspacePlugin|named_groups)\b", text)):
+    for name in set(
+        re.findall(r"\b(?:Projected\w+|FTP(?:AdamW|SGD)|project_updates|SubspacePlugin|named_groups)\b", text)
+    ):
         assert any(hasattr(place, name) for place in (optim, integrations.timm, integrations.avalanche)), name
 
 
