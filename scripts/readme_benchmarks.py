@@ -96,6 +96,29 @@ TABLES = (
         meaning="relative difference from the official form. The frozen layers without any adapter are the yardstick",
     ),
     Table(
+        "Attention with a prefix, float32",
+        "prefix_attention",
+        (
+            Line("VPT-deep ViT width 384", "prompts as rows"),
+            Line(
+                "prefix attention 8x6, 197 tokens of 64 + 100 shared, float32, forward + backward",
+                "softmax written out",
+                "torch concat + SDPA",
+            ),
+            Line(
+                "prefix attention 8x6, 197 tokens of 64 + 100 shared, float32, prefix alone",
+                "softmax written out",
+                "torch concat + SDPA",
+            ),
+            Line(
+                "prefix attention 64x6, 2 queries of 198 tokens of 64 + 53 shared, float32, forward + backward",
+                "softmax written out",
+                "torch concat + SDPA",
+            ),
+            Line("prefix attention 64x6, 17 tokens of 64", "softmax written out", "torch concat + SDPA"),
+        ),
+    ),
+    Table(
         "Whole optimizer step",
         "optim",
         (
