@@ -85,7 +85,7 @@ def hard_row(
         top = higher
     top = tl.where(top == float("-inf"), float("nan"), top)
     everything = tl.sum(total, 0).to(tl.float64)
-    fits = (y >= 0) & (y < n)
+    fits = ((y >= 0) & (y < n)) | (weight == 0)  # the target of a row that does not count may be anything
     loss = weight * (tl.log(everything) - (tl.sum(chosen, 0).to(tl.float64) - top.to(tl.float64)))
     weight = tl.where(fits, weight, float("nan"))
     if wanted:
@@ -108,16 +108,16 @@ def soft_row(
     """weight T^2 (soft KL + two_way KL of (target, rest)) of a row, in float64, and its gradient; only a decoupled loss
     has the second part, and its first one sees the rest alone.
 
-    In the sum of e_t (t - s) the maxima of the first block are subtracted: from the difference where they are close,
-    for differences of close logits are exact, and from each logit elsewhere.
+    In the sum of e_t (t - s) maxima are subtracted: from the difference where they are close, for differences of close
+    logits are exact, and from each logit elsewhere.
     """
     at = tl.arange(0, BLOCK)
     left_out = tl.where(decoupled != 0, y, -1)
     cold = (1.0 / temperature).to(WORK)
     top_s = tl.full((), float("-inf"), WORK)
     top_t = tl.full((), float("-inf"), WORK)
-    first_s = tl.zeros((), WORK)
-    first_t = tl.zeros((), WORK)
+    point_s = tl.zeros((), WORK)
+    point_t = tl.zeros((), WORK)
     total_s = tl.zeros((BLOCK,), WORK)
     total_t = tl.zeros((BLOCK,), WORK)
     product = tl.zeros((BLOCK,), WORK)
@@ -135,24 +135,23 @@ def soft_row(
         x = tl.where(column == left_out, float("-inf"), x)
         z = tl.where(column == left_out, float("-inf"), z)
         higher_s, higher_t = tl.maximum(top_s, tl.max(x, 0)), tl.maximum(top_t, tl.max(z, 0))
-        point_s, point_t = reference_point(higher_s), reference_point(higher_t)
-        if start == 0:
-            first_s, first_t = point_s, point_t
-        apart = first_t - first_s
-        difference = tl.where(tl.abs(apart) <= 2, (z - x) - apart, (z - first_t) - (x - first_s))
+        new_s, new_t = reference_point(higher_s), reference_point(higher_t)
+        further = (new_t - point_t) - (new_s - point_s)
+        point_s, point_t = new_s, new_t
+        apart = point_t - point_s
+        difference = tl.where(tl.abs(apart) <= 2, (z - x) - apart, (z - point_t) - (x - point_s))
         e_s, e_t = tl.exp((x - point_s) * cold), tl.exp((z - point_t) * cold)
         shrink = tl.exp((top_t - point_t) * cold)
+        product = times(shrink, product - further * total_t) + times(e_t, difference)
         total_s = total_s * tl.exp((top_s - point_s) * cold) + e_s
         total_t = total_t * shrink + e_t
-        product = times(shrink, product) + times(e_t, difference)
         top_s, top_t = higher_s, higher_t
     top_s = tl.where(top_s == float("-inf"), float("nan"), top_s)
     top_t = tl.where(top_t == float("-inf"), float("nan"), top_t)
     all_s, all_t = tl.sum(total_s, 0).to(tl.float64), tl.sum(total_t, 0).to(tl.float64)
     wide_s, wide_t = top_s.to(tl.float64), top_t.to(tl.float64)
     log_s, log_t = tl.log(all_s), tl.log(all_t)
-    moved = (wide_t - wide_s) - (first_t - first_s).to(tl.float64)  # 0 where the first block holds both maxima
-    loss = soft * ((tl.sum(product, 0).to(tl.float64) / all_t - moved) / temperature - (log_t - log_s))
+    loss = soft * (tl.sum(product, 0).to(tl.float64) / all_t / temperature - (log_t - log_s))
     for_target = tl.zeros((), tl.float64)
     if decoupled:
         odds_s = (tl.sum(target_s, 0).to(tl.float64) - wide_s) / temperature - log_s
