@@ -124,7 +124,8 @@ void qr_backward_cuda(const std::array<int64_t, 15>& fields, int dtype, std::int
 }
 #endif
 
-// -- weight_projection: the flat lists of weight_projection.h, then the fields of BaseSettings and RadiusRule ----------
+// -- weight_projection: the flat lists of weight_projection.h, then the fields of BaseSettings and RadiusRule
+// ----------
 void ftp_step_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
                   const std::vector<double>& numbers, int kind, double lr, double weight_decay, double beta1,
                   double beta2, double eps, bool flag, double grad_factor, double kappa, double floor, bool masked,
@@ -134,6 +135,18 @@ void ftp_step_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<
         static_cast<clk::BaseKind>(kind), lr, weight_decay, beta1, beta2, eps, flag, grad_factor};
     const clk::RadiusRule rule{kappa, floor, masked, static_cast<clk::RowNorm>(norm)};
     clk::ftp_step_cpu(clk::anchored_parameters(pointers, sizes, numbers), base, rule, threads);
+}
+
+// Each tensor is the fields of AnchoredRows in their order.
+void anchored_rows_cpu(const std::vector<std::array<int64_t, 9>>& fields, int task, int norm, int threads) {
+    const py::gil_scoped_release release;
+    std::vector<clk::AnchoredRows> tensors;
+    for (const auto& f : fields) {
+        tensors.push_back({static_cast<clk::DType>(f[0]), static_cast<clk::DType>(f[1]), clk::pointer<void>(f[2]),
+                           clk::pointer<const void>(f[3]), clk::pointer<void>(f[4]), clk::pointer<double>(f[5]), f[6],
+                           f[7], f[8]});
+    }
+    clk::anchored_rows_cpu(tensors, static_cast<clk::RowsTask>(task), static_cast<clk::RowNorm>(norm), threads);
 }
 
 #ifdef CLK_CUDA
@@ -172,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("qr_cpu", &qr_cpu);
     m.def("qr_backward_cpu", &qr_backward_cpu);
     m.def("ftp_step_cpu", &ftp_step_cpu);
+    m.def("anchored_rows_cpu", &anchored_rows_cpu);
 #ifdef CLK_CUDA
     m.def("projected_adam_cuda", &projected_adam_cuda);
     m.def("qr_workspace", &clk::qr_workspace);

@@ -80,6 +80,23 @@ inline std::vector<AnchoredParameter> anchored_parameters(const std::vector<std:
 void ftp_step_cpu(const std::vector<AnchoredParameter>& parameters, const BaseSettings& base, const RadiusRule& rule,
                   int threads);
 
+// One tensor of the primitives of FTP's relatives, as rows [rows, columns], all contiguous in one order of elements.
+struct AnchoredRows {
+    DType weight_type, anchor_type;
+    void* weight;
+    const void* anchor;  // null: zero
+    void* other;         // project: the result; products: the gradient or null, of the weight's type
+    double* numbers;     // project: radii; rescale: scales; products: the five sums
+    int64_t rows, columns;
+    int64_t step;  // between the numbers of two rows: 1, or 0 where one serves all
+};
+
+// y = W_0 + min(radius / n, 1) c; the five sums of displacement_products; W <- W_0 + s (W - W_0).
+enum class RowsTask : int { project = 0, products = 1, rescale = 2 };
+
+// Weights f32, f64 or 16-bit; anchors of their type, or 16-bit beside f32. The result does not depend on `threads`.
+void anchored_rows_cpu(const std::vector<AnchoredRows>& tensors, RowsTask task, RowNorm norm, int threads);
+
 // What a CUDA step reads from the device; each may be null.
 struct FtpTensors {
     const void* lr;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import define, register_autograd
-from cl_kernels.ops.weight_projection import autograd, checks, reference
+from cl_kernels.ops.weight_projection import autograd, checks, native_rows, reference
 from cl_kernels.ops.weight_projection.arguments import present
 from cl_kernels.ops.weight_projection.reference import (
     DOT,
@@ -59,6 +59,7 @@ _project = define(
     "(Tensor weight, Tensor? anchor, Tensor radius, int norm) -> Tensor",
     reference=reference.project_to_anchor,
     fake=lambda weight, *_: torch.empty_like(weight, memory_format=torch.contiguous_format),
+    native_cpu=native_rows.project_to_anchor_cpu,
 )
 register_autograd("project_to_anchor", autograd.backward, autograd.setup_context)
 
@@ -67,12 +68,14 @@ _products = define(
     "(Tensor[] grads, Tensor[] params, Tensor[] anchors) -> Tensor",
     reference=reference.displacement_products,
     fake=lambda grads, params, anchors: params[0].new_empty((len(params), 5), dtype=torch.float64),
+    native_cpu=native_rows.displacement_products_cpu,
 )
 _rescale = define(
     "rescale_",
     "(Tensor(a!)[] params, Tensor[] anchors, Tensor[] scales, int norm) -> ()",
     reference=reference.rescale_,
     fake=lambda *_: None,
+    native_cpu=native_rows.rescale_cpu,
 )
 
 
