@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cl_kernels.errors import SubspaceMismatchError
 from cl_kernels.ops.weight_projection import FLOORED
-from cl_kernels.optim import FTPSGD, FTPAdamW
+from cl_kernels.optim import FTPSGD, FTPAdamW, L2SPAdamW, SPDAdamW
 
 CHECKS: dict[str, Callable[[int, Path], None]] = {}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -236,3 +236,30 @@ def ftp_rows_that_are_cut_are_refused(rank: int, folder: Path) -> None:
     flat = nn.Parameter(state["even.weight"].detach().flatten().chunk(WORLD)[rank].clone())
     with pytest.raises(ValueError, match="ZeRO"):
         FTPAdamW([("even.weight", flat)], anchors=state)
+
+
+@check
+def relatives_of_ftp_are_one_process(rank: int, folder: Path) -> None:
+    """Whole tensors decide, so the shards' sums meet; with random gradients some steps act and some do not."""
+    made: list[Callable[[Any], Any]] = [
+        lambda named: SPDAdamW(named, lr=1e-2, exclude=()),
+        lambda named: L2SPAdamW(named, lr=1e-2, exclude=()),
+        lambda named: L2SPAdamW(named, lr=1e-2, strength=5.0, coupled=False, exclude=()),
+    ]
+    for make in made:
+        single, sharded = Net(), Net()
+        fully_shard(sharded)
+        pairs = [(model, make(model.named_parameters())) for model in (single, sharded)]
+        for step in range(12):
+            torch.manual_seed(100 + step)
+            grads = {name: torch.randn(p.shape) for name, p in single.named_parameters()}
+            for model, optimizer in pairs:
+                for name, p in model.named_parameters():
+                    sharding = isinstance(p, DTensor)
+                    p.grad = distribute_tensor(grads[name], p.device_mesh, p.placements) if sharding else grads[name]
+                optimizer.step()
+        same(values(single), values(sharded), 1e-6)
+        counts = [optimizer.fired() for _, optimizer in pairs]
+        assert counts[0] == counts[1]
+        assert 0 < sum(counts[0].values()) < 12 * len(counts[0])
+        equal_on_all_ranks(counts[1])

@@ -47,7 +47,8 @@ class TestWhatTrains:
         model: Any = tiny_model()
         model.reset_classifier(7)
         before = weights(model)
-        method = methods.create(name, model, targets="all", lr=1e-3)
+        method: Any = methods.create(name, model, targets="all", lr=1e-3)
+        assert {key for key, _ in method._body()} == set(before) - {"head.weight", "head.bias"}
         train(method, TASKS[0])
         moved = {key for key, value in weights(model).items() if not torch.equal(value, before[key])}
         missing = set(before) - moved
