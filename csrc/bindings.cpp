@@ -124,8 +124,7 @@ void qr_backward_cuda(const std::array<int64_t, 15>& fields, int dtype, std::int
 }
 #endif
 
-// -- weight_projection: the flat lists of weight_projection.h, then the fields of BaseSettings and RadiusRule
-// ----------
+// -- weight_projection: the flat lists of weight_projection.h, then the fields of BaseSettings and RadiusRule ---------
 void ftp_step_cpu(const std::vector<std::intptr_t>& pointers, const std::vector<int64_t>& sizes,
                   const std::vector<double>& numbers, int kind, double lr, double weight_decay, double beta1,
                   double beta2, double eps, bool flag, double grad_factor, double kappa, double floor, bool masked,

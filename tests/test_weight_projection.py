@@ -280,7 +280,7 @@ def test_a_wrong_call_names_the_argument_and_changes_nothing(backend, base, kind
     assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
 
 
-def test_wrong_calls_of_the_others():
+def test_wrong_calls_of_the_others(backend):
     weight, anchor = pair(4, 3)
     for call, error, words in (
         (lambda: wp.project_to_anchor(weight.long(), anchor, 0.1), ValueError, "weight.*int64"),
@@ -292,6 +292,7 @@ def test_wrong_calls_of_the_others():
         (lambda: wp.project_to_anchor(weight, anchor, 0.1, norm="mars"), ValueError, "norm value: 'mars'"),
         (lambda: wp.displacement_products([], [weight], [anchor]), ValueError, "grads: expected 1 entries"),
         (lambda: wp.displacement_products([weight.mT], [weight], [anchor]), ValueError, r"grads\[0\]: shape"),
+        (lambda: wp.rescale_([weight] * 2, [anchor] * 2, [0.5] * 2), ValueError, "params: the same memory"),
         (lambda: wp.rescale_([weight], [anchor], []), ValueError, "scales: expected 1 entries"),
         (lambda: wp.rescale_([weight[:1].expand(4, 3)], [anchor], [0.5]), ValueError, r"params\[0\].*expanded"),
         (lambda: wp.rescale_([weight], [anchor], [torch.ones(5)]), ValueError, r"scales\[0\]: expected one"),

@@ -217,3 +217,54 @@ def test_explain_says_which_kernel_runs():
         assert "native: runs" in text or _native.load() is None
     with use_backend("reference"):
         assert "reference (plain torch): runs" in clk.explain("ftp_adam_step_", p["params"])
+
+
+# -- the primitives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["row_l1", "row_l2", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_primitives_on_every_instruction_set(isa, norm, dtype):
+    """Rows of all sizes, parts of rows, narrow anchors, zero anchors: as the reference, to a rounding."""
+    unit = max(torch.finfo(dtype).eps, 2.0**-23 if dtype != torch.float64 else 0.0)
+    for i, shape in enumerate(shape for shape in SHAPES if 0 not in shape):
+        anchor = (torch.randn(shape) * 0.05).bfloat16().to(dtype)
+        weight = anchor + (torch.randn(shape) * 0.01).to(dtype)
+        base = [anchor, None, anchor.bfloat16() if dtype == torch.float32 else anchor][i % 3]
+        rows = wp.reference.as_rows(weight, wp.NORMS[norm])
+        radius = (rows.double() * 0.1).abs().sum(1) * torch.rand(len(rows), dtype=torch.float64)
+        found = []
+        for backend in ("native", "reference"):
+            with use_backend(backend):
+                copied = weight.clone()
+                wp.rescale_([copied], [base], [radius.clamp(max=1.0)], norm=norm)
+                products = wp.displacement_products([weight], [weight], [base])[0]
+                found.append((wp.project_to_anchor(weight, base, radius, norm=norm), copied, products))
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=4 * unit if a.dtype == dtype else 1e-5, atol=unit * 0.1)
+
+
+def test_primitives_do_not_depend_on_threads():
+    shapes = [(500, 300), (2, 70_000), (200_000,), (9, 27)]
+    pairs = [(torch.randn(s), torch.randn(s)) for s in shapes]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = [wp.project_to_anchor(w, a, 2.0, norm=norm) for w, a in pairs for norm in wp.NORMS]
+            out.append(wp.displacement_products([a for _, a in pairs], [w for w, _ in pairs], [a for _, a in pairs]))
+            scaled = [w.clone() for w, _ in pairs]
+            wp.rescale_(scaled, [a for _, a in pairs], [0.5] * len(pairs))
+            found.append([*out, *scaled])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_wrong_types_of_rows_are_refused_by_the_module():
+    module = _native.load()
+    if module is None:
+        pytest.skip(str(_native.why_missing()))
+    with pytest.raises(ValueError, match="no kernel for these types"):
+        module.anchored_rows_cpu([(0, 1, 1, 1, 0, 1, 1, 1, 0)], 2, 0, 1)

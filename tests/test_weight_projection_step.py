@@ -13,7 +13,9 @@ from torch import Tensor
 from weight_projection_cases import written
 
 import cl_kernels as clk
+from cl_kernels.ops import _native
 from cl_kernels.ops import weight_projection as wp
+from cl_kernels.ops.weight_projection import lists, reference
 from cl_kernels.ops.weight_projection.reference import as_rows, row_norms
 
 SHAPES: list[tuple[int, ...]] = [(6, 147), (300,), (4, 3, 3, 3), (1, 5, 64), (12, 1)]
@@ -544,3 +546,68 @@ def test_a_step_under_autograd_is_noticed():
     move(p, [torch.ones(4, 6)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# -- all or nothing, and no new memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [1, 4, 9])
+def test_running_out_of_memory_leaves_all_as_it_was(monkeypatch, fails):
+    """Copies are made of what the kernels cannot take; the one that fails is neither the first nor the last."""
+    p = start(shapes=[(4, 16), (6, 16), (5, 3)])
+    p["exp_avgs"] = [m.bfloat16() for m in p["exp_avgs"]]
+    p["grads"] = [torch.randn_like(w) for w in p["params"]]
+    before, calls, real = copy.deepcopy(written(p)), [], lists.Lists.written
+
+    def short(self: lists.Lists, value: Tensor, dtype: torch.dtype) -> Tensor:
+        calls.append(1)
+        if len(calls) == fails:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, value, dtype)
+
+    monkeypatch.setattr(lists.Lists, "written", short)
+    with clk.use_backend("native"), pytest.raises(torch.OutOfMemoryError):
+        move(p)
+    assert all(torch.equal(a, b) for a, b in zip(written(p), before, strict=True))
+
+
+def test_the_reference_makes_everything_before_it_writes(monkeypatch):
+    p = start(shapes=[(4, 16), (6, 16), (5, 3)])
+    p["grads"] = [torch.randn_like(w) for w in p["params"]]
+    before, calls, real = copy.deepcopy(written(p)), [], reference.decided
+
+    def short(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args)
+
+    monkeypatch.setattr(reference, "decided", short)
+    with clk.use_backend("reference"), pytest.raises(torch.OutOfMemoryError):
+        move(p)
+    assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(written(p), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_takes_no_memory_from_torch(dtype):
+    """No cached displacement, no temporaries: 20 bytes a parameter are all there is, and 18 with a bfloat16 anchor."""
+    if _native.load() is None:
+        pytest.skip(str(_native.why_missing()))
+    p = start(dtype=dtype, shapes=[(512, 256), (256,)])
+    for _ in range(2):
+        move(p, [torch.randn_like(w) for w in p["params"]])
+    with torch.autograd.profiler.profile(profile_memory=True) as recorded:
+        move(p)
+    assert sum(max(event.cpu_memory_usage, 0) for event in recorded.function_events) == 0
+
+
+def test_a_step_is_one_call_and_has_no_loop_of_operators():
+    """The official loop runs 45 operators a tensor; here there is the step, whatever their number."""
+    p = start(shapes=[(8, 16)] * 20)
+    with torch.autograd.profiler.profile() as recorded:
+        move(p)
+    names = [event.name for event in recorded.function_events]
+    assert names.count("cl_kernels::ftp_adam_step_") == 1
+    if _native.load() is not None:
+        assert len(names) <= 3

@@ -14,6 +14,7 @@ __all__ = [
     "Rule",
     "Step",
     "adam_step",
+    "apart",
     "compute_dtype",
     "distinct",
     "is_absent",
@@ -152,10 +153,15 @@ def written(s: Step) -> list[Tensor]:
 
 def distinct(s: Step) -> None:
     """Raise `ValueError` if a tensor is written twice or a gradient is written: parameters may run side by side."""
-    outputs = [t.data_ptr() for t in written(s) if t.numel()]  # tensors without elements share the address 0
-    once = set(outputs)
-    if len(once) != len(outputs) or not once.isdisjoint([t.data_ptr() for t in s.grads if t.numel()]):
+    if not apart(written(s), s.grads):
         raise ValueError("params, moments, anchors, steps, radii and gradients: the same memory appears twice")
+
+
+def apart(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> bool:
+    """Whether no tensor is written twice, and none of the inputs is written."""
+    addresses = [t.data_ptr() for t in outputs if t.numel()]  # tensors without elements share the address 0
+    once = set(addresses)
+    return len(once) == len(addresses) and once.isdisjoint([t.data_ptr() for t in inputs if t.numel()])
 
 
 def compute_dtype(s: Step, i: int) -> torch.dtype:

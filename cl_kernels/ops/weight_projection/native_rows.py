@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels.ops import _native
-from cl_kernels.ops.weight_projection.arguments import is_absent
+from cl_kernels.ops.weight_projection.arguments import apart, is_absent
 from cl_kernels.ops.weight_projection.reference import NORMS
 
 __all__ = ["displacement_products_cpu", "project_to_anchor_cpu", "rescale_cpu"]
@@ -44,8 +44,7 @@ def displacement_products_cpu(grads: list[Tensor], params: list[Tensor], anchors
 
 def rescale_cpu(params: list[Tensor], anchors: list[Tensor], scales: list[Tensor], norm: int) -> None:
     """All parameters in one call, one pass; rows whose scale is 1 are not touched."""
-    addresses = [param.data_ptr() for param in params if param.numel()]
-    if len(set(addresses)) != len(addresses):
+    if not apart(params):
         raise ValueError("params: the same memory appears twice")
     fields, held = [], []
     copies: list[tuple[Tensor, Tensor]] = []

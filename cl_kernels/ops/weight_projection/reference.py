@@ -24,6 +24,7 @@ from cl_kernels.ops.weight_projection.arguments import (
     Rule,
     Step,
     adam_step,
+    apart,
     compute_dtype,
     distinct,
     is_absent,
@@ -121,6 +122,8 @@ def displacement_products(grads: list[Tensor], params: list[Tensor], anchors: li
 
 def rescale_(params: list[Tensor], anchors: list[Tensor], scales: list[Tensor], norm: int) -> None:
     """W <- W_0 + s_i (W - W_0); rows whose s is 1 stay bit for bit."""
+    if not apart(params):
+        raise ValueError("params: the same memory appears twice")
     made: list[tuple[Tensor, Tensor]] = []
     for i, param in enumerate(params):
         work = torch.promote_types(param.dtype, torch.float32)
