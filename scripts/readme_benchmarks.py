@@ -119,6 +119,19 @@ TABLES = (
         ),
     ),
     Table(
+        "Distillation loss of two heads, forward and backward",
+        "distillation",
+        (
+            Line("two heads 64x20 float32", "official", "eager torch"),
+            Line("two heads 256x100 float32", "official", "eager torch"),
+            Line("two heads 256x1000 float32", "official", "eager torch"),
+            Line("two heads 256x1000 bfloat16", "official", "eager torch"),
+            Line("two heads 512x32000 float32", "official", "eager torch"),
+            Line("decoupled 256x1000 float32", "official"),
+        ),
+        meaning="relative error of loss and gradients, the largest, against float64",
+    ),
+    Table(
         "Whole optimizer step",
         "optim",
         (

@@ -89,6 +89,7 @@ def test_a_file_of_numbers_is_whole_after_each_case(bench: ModuleType, tmp_path:
     "name",
     [
         "bench_covariance",
+        "bench_distillation",
         "bench_lora_stack",
         "bench_null_space",
         "bench_orthogonal_qr",

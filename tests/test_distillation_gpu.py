@@ -16,7 +16,14 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: rows, columns, first, last: one block, several blocks read 16 bytes at a time, and any other
-SHAPES = [(1, 1, 0, 1), (64, 20, 0, 20), (256, 1000, 0, 1000), (7, 4096, 8, 4000), (5, 21843, 3, 21840), (3, 131072, 0, 131072)]  # fmt: skip
+SHAPES = [
+    (1, 1, 0, 1),
+    (64, 20, 0, 20),
+    (256, 1000, 0, 1000),
+    (7, 4096, 8, 4000),
+    (5, 21843, 3, 21840),
+    (3, 131072, 0, 131072),
+]
 
 
 def on_gpu(rows: int, columns: int, dtype: torch.dtype, scale: float = 2.0) -> list[Tensor]:

@@ -1,0 +1,182 @@
+"""The distillation loss, forward and backward: (1 - alpha) CE of one head and alpha T^2 KL of another, alpha 0.5, T 2.
+
+Against eager torch (softmax, log_softmax, kl_div, cross_entropy, autograd), the same through torch.compile where a
+compiler is found, the official way (kl_div of both sides divided by T with size_average=False, over the batch, T^2
+outside; plain eager operations too), and Liger's kl_div on a GPU where the package is installed. Floors: three reads
+of logits and two writes of gradients at the rate of a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_kernels.ops import distillation_loss, dkd_loss, kl_loss
+
+if __package__:
+    from .harness import Case, can_compile, main
+else:
+    from harness import Case, can_compile, main
+
+ALPHA, T = 0.5, 2.0
+SHAPES = ((64, 20), (256, 100), (256, 1000), (64, 21843), (512, 32000))
+CUDA_SHAPES = ((64, 20), (256, 100), (256, 1000), (1024, 21841), (8192, 32000))
+DTYPES = (torch.float32, torch.bfloat16)
+Heads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def heads(rows: int, columns: int, dtype: torch.dtype, device: str) -> Heads:
+    z, s, t = (2 * torch.randn(rows, columns, device=device) for _ in range(3))
+    y = torch.randint(0, columns, (rows,), device=device)
+    return z.to(dtype).requires_grad_(), s.to(dtype).requires_grad_(), t.to(dtype), y
+
+
+def eager(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    log_s, log_t = F.log_softmax(s / T, -1), F.log_softmax(t / T, -1)
+    soft = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
+    return (1 - ALPHA) * F.cross_entropy(z, y) + ALPHA * soft
+
+
+def official(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The steps of the official code: softmax of the teacher, summed kl_div, division by the batch, T^2."""
+    with torch.no_grad():
+        p_t = F.softmax(t / T, dim=1)
+    soft = F.kl_div(F.log_softmax(s / T, dim=1), p_t, reduction="sum") / s.shape[0]
+    return F.cross_entropy(z, y) * (1 - ALPHA) + soft * (T**2) * ALPHA
+
+
+def ours(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return distillation_loss(z, s, t, y, alpha=ALPHA, temperature=T)
+
+
+@functools.cache
+def liger_kl() -> Callable[..., Any] | None:
+    """Liger's kl_div on log-probabilities; the softmaxes stay outside of it."""
+    if not importlib.util.find_spec("liger_kernel"):
+        return None
+    from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+
+    apply: Callable[..., Any] = LigerKLDivLossFunction.apply
+    return apply
+
+
+def with_liger(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    kl = liger_kl()
+    if kl is None:
+        raise RuntimeError("liger_kernel is not installed")
+    soft = kl(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), "batchmean", True)
+    return (1 - ALPHA) * F.cross_entropy(z, y) + ALPHA * T**2 * soft
+
+
+def step(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], given: Heads) -> Callable[[], list[Tensor]]:
+    def call() -> list[Tensor]:
+        value = loss(*given)
+        return [value.detach(), *torch.autograd.grad(value, given[:2])]
+
+    return call
+
+
+def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles: bool) -> Case:
+    given = heads(rows, columns, dtype, device)
+    forms = {"ours": ours, "eager torch": eager, "official": official}
+    if compiles:
+        forms["torch.compile"] = torch.compile(eager)
+    if device == "cuda" and liger_kl():
+        forms["Liger kl_div"] = with_liger
+    short = dtype != torch.float32
+    many = rows * columns > 1 << 24  # a float64 copy of everything would not fit beside it
+    wide = given if many else tuple(x.detach().double().requires_grad_(x.requires_grad) for x in given[:3])
+    expected = step(eager, (*wide[:3], given[3]))()
+    elements, size = rows * columns, given[0].element_size()
+    return Case(
+        f"two heads {rows}x{columns} {str(dtype).removeprefix('torch.')}",
+        {name: step(form, given) for name, form in forms.items()},
+        expected,
+        {
+            name: (0.05 if short else 1e-5) if name != "ours" else (0.03 if many else 5e-3) if short else 2e-6
+            for name in forms
+        },
+        bytes_moved=5.0 * elements * size,
+    )
+
+
+def decoupled(rows: int, columns: int, device: str) -> Case:
+    """DKD as its authors write it, with 1000 subtracted from the target's logit; that is float32's limit."""
+    _, s, t, y = heads(rows, columns, torch.float32, device)
+
+    def by_hand(s: Tensor) -> Tensor:
+        hot = F.one_hot(y, columns)
+        p, q = F.softmax(s / 4, 1), F.softmax(t / 4, 1)
+        two_s, two_t = (torch.stack([(x * hot).sum(1), (x * (1 - hot)).sum(1)], 1) for x in (p, q))
+        two_way = F.kl_div(two_s.log(), two_t, reduction="sum") * 16 / rows
+        rest = F.kl_div(F.log_softmax(s / 4 - 1000 * hot, 1), F.softmax(t / 4 - 1000 * hot, 1), reduction="sum")
+        return two_way + 4 * rest * 16 / rows
+
+    def gradients(loss: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor]:
+        value = loss(at)
+        return [value.detach(), *torch.autograd.grad(value, at)]
+
+    exact = s.detach().double().requires_grad_()
+    return Case(
+        f"decoupled {rows}x{columns} float32",
+        {
+            "ours": lambda: gradients(lambda x: dkd_loss(x, t, y), s),
+            "official": lambda: gradients(by_hand, s),
+        },
+        gradients(lambda x: dkd_loss(x, t.double(), y), exact),
+        {"ours": 2e-6, "official": 1e-3},
+        bytes_moved=12.0 * rows * columns,
+    )
+
+
+def single(rows: int, columns: int, device: str) -> Case:
+    """The KL alone, without a gradient: what a validation step computes."""
+    _, s, t, _ = heads(rows, columns, torch.float32, device)
+    s = s.detach()
+
+    def torchs(s: Tensor, t: Tensor) -> Tensor:
+        log_s, log_t = F.log_softmax(s / T, -1), F.log_softmax(t / T, -1)
+        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
+
+    return Case(
+        f"kl {rows}x{columns} float32 forward",
+        {"ours": lambda: kl_loss(s, t, temperature=T), "eager torch": lambda: torchs(s, t)},
+        torchs(s.double(), t.double()),
+        1e-5,
+        bytes_moved=8.0 * rows * columns,
+    )
+
+
+def all_cases(quick: bool, device: str) -> Iterable[Case]:
+    compiles = not quick and can_compile()
+    if quick:
+        for dtype in DTYPES:
+            yield two_heads(16, 50, dtype, device, False)
+        yield decoupled(16, 50, device)
+        yield single(16, 50, device)
+        return
+    for rows, columns in CUDA_SHAPES if device == "cuda" else SHAPES:
+        for dtype in DTYPES:
+            yield two_heads(rows, columns, dtype, device, compiles)
+    yield decoupled(256, 100, device)
+    yield decoupled(256, 1000, device)
+    yield single(256, 1000, device)
+
+
+def cases(quick: bool) -> Iterable[Case]:
+    return all_cases(quick, "cpu")
+
+
+def cuda_cases(quick: bool) -> Iterable[Case]:
+    return all_cases(quick, "cuda")
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, cases, cuda_cases))
