@@ -562,7 +562,9 @@ class TestTPGM:
 
         tpgm.project(loss, list(batches(3)), iterations=3)
         radius = tpgm.radii()["body.weight"]
-        assert norms[0] < float((before["body.weight"] - net().body.weight).norm()), "evaluated at projected weights"
+        assert norms[0] < float((before["body.weight"] - net().body.weight).detach().norm()), (
+            "evaluated at projected weights"
+        )
         assert max(norms) / min(norms) < 1 + 3 * 1e-2 / radius
 
     def test_batches_go_on_from_call_to_call_and_start_again(self) -> None:
@@ -674,6 +676,36 @@ class TestMARS:
             optimizer = FTPAdamW(model.named_parameters(), lr=1e-2, radius=radius)
             train(model, optimizer, 5)
             assert set(optimizer.fire_rate().values()) == {rate}
+
+
+class TestGivenRadii:
+    """FTP goes on around old anchors with the radii of the optimizer before."""
+
+    def test_the_first_step_stays_where_training_had_led(self) -> None:
+        model = net()
+        first = FTPAdamW(model.named_parameters(), lr=1e-2)
+        anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, first, 20)
+        before, radii = values(model), first.radii()
+        second = FTPAdamW(model.named_parameters(), lr=1e-3, anchors=anchors, radius_lr=1e-4)
+        second.set_radii(radii)
+        train(model, second, 1, seed=4)
+        for name, radius in radii.items():
+            assert second.radii()[name] == pytest.approx(radius, abs=1.01e-4)
+            moved = float((values(model)[name] - before[name]).norm())
+            assert moved < 0.5 * float((before[name] - anchors[name]).norm()), name
+
+    def test_what_does_not_fit_changes_nothing(self) -> None:
+        model = net()
+        optimizer = FTPAdamW(model.named_parameters(), lr=1e-2)
+        train(model, optimizer, 5)
+        before = optimizer.radii()
+        for wrong in ({"body.weight": -1.0}, {"body.bias": 1.0, "conv.weight": math.nan}):
+            with pytest.raises(ValueError, match="radii"):
+                optimizer.set_radii(wrong)
+        with pytest.raises(SubspaceMismatchError, match=r"head\.weight"):
+            optimizer.set_radii({"body.bias": 1.0, "head.weight": 1.0})
+        assert optimizer.radii() == before
 
 
 class Normed(nn.Module):
