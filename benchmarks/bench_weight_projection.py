@@ -4,8 +4,8 @@ A share of the rows, 0, 0.3 or all, is projected in every step. Against the offi
 in compiled operations, and against torch's AdamW and SGD, which project nothing and are the yardstick. The floor is one
 pass over weight, gradient, moments and anchor and a second one over projected rows: 32 + 12 share bytes a parameter
 (SGD: 24 + 12 share). The notes of a case hold, for each variant, what is kept for a parameter in bytes, what a step
-moves in bytes as far as torch's operations show it, how many operations it hands out, how often it waits for a number.
-On the CPU models that do not fit the free memory are left out, and it says so.
+moves in bytes (ours: as computed, others: what torch's operations read and write), how many operations it hands out,
+how often it waits for a number. On the CPU models that do not fit the free memory are left out, and it says so.
 """
 
 from __future__ import annotations
@@ -121,6 +121,9 @@ def step_case(model: str, share: float, device: str, *, base: str = "adam", comp
     s = layers(model, share, device, base)
     expected = s.expected()
     steps, kept = variants(s, compile_too=compile_too and can_compile())
+    found = projected_share(s)
+    passes = (32 if base == "adam" else 24) + 12 * found
+    moves = {"ours": passes, "ours, bf16 anchors": passes - 2 - 2 * found}
     notes: dict[str, Any] = {"parameters": s.elements, "tensors": len(s.params), "per parameter and step": {}}
     for name, step in steps.items():
         if "compiled" in name:
@@ -128,14 +131,12 @@ def step_case(model: str, share: float, device: str, *, base: str = "adam", comp
         counted = Counter.of(step)
         notes["per parameter and step"][name] = {
             "kept bytes": round(kept[name] / s.elements, 2),
-            "moved bytes": None if "ours" in name else round(counted.moved / s.elements, 1),
+            "moved bytes": round(moves.get(name, counted.moved / s.elements), 1),
             "operations": counted.operations,
             "waits": counted.waits,
         } | ({"launches": count(step, device)} if device == "cuda" else {})
-    found = projected_share(s)
     notes["share projected"] = round(found, 4)
     bare = {name: name.startswith(("AdamW", "SGD")) for name in steps}
-    passes = (32 if base == "adam" else 24) + 12 * found
     return Case(
         f"{'FTPAdamW' if base == 'adam' else 'FTPSGD'} step, {model}, {share:.0%} projected",
         {name: s.fresh(step) for name, step in steps.items()},

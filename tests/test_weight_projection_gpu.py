@@ -80,7 +80,7 @@ def test_16_bit_parameters(base, narrow, moment):
     with use_backend("reference"):
         step(torchs)
     for a, b in zip(written(ours), written(torchs), strict=True):
-        unit = 1e-5 if any(a is radius for radius in ours["radii"]) else torch.finfo(narrow).eps
+        unit = 4e-5 if any(a is radius for radius in ours["radii"]) else torch.finfo(narrow).eps
         assert torch.allclose(a.cpu().double(), b.double(), rtol=2 * unit, atol=unit / 4), a.shape
 
 
