@@ -687,11 +687,13 @@ class TestGivenRadii:
         anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
         train(model, first, 20)
         before, radii = values(model), first.radii()
-        second = FTPAdamW(model.named_parameters(), lr=1e-3, anchors=anchors, radius_lr=1e-4)
+        second = FTPAdamW(model.named_parameters(), lr=1e-4, anchors=anchors, radius_lr=1e-4)
         second.set_radii(radii)
         train(model, second, 1, seed=4)
         for name, radius in radii.items():
-            assert second.radii()[name] == pytest.approx(radius, abs=1.01e-4)
+            assert 0.5 * radius < second.radii()[name] < radius + 1.01e-4, (
+                name
+            )  # at most the longest row, which shrinks
             moved = float((values(model)[name] - before[name]).norm())
             assert moved < 0.5 * float((before[name] - anchors[name]).norm()), name
 
