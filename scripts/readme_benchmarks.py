@@ -146,6 +146,12 @@ TABLES = (
         "the yardstick here",
     ),
     Table(
+        "One task of KDP, teacher and student phase",
+        "kdp_schedule",
+        (Line("kdp task", "official schedule", "frozen, query shared"),),
+        meaning="relative difference of the final predictions. The last column caches nothing, as with augmentation",
+    ),
+    Table(
         "Whole optimizer step",
         "optim",
         (

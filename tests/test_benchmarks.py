@@ -90,6 +90,7 @@ def test_a_file_of_numbers_is_whole_after_each_case(bench: ModuleType, tmp_path:
     [
         "bench_covariance",
         "bench_distillation",
+        "bench_kdp_schedule",
         "bench_lora_stack",
         "bench_null_space",
         "bench_orthogonal_qr",
@@ -99,7 +100,7 @@ def test_a_file_of_numbers_is_whole_after_each_case(bench: ModuleType, tmp_path:
     ],
 )
 def test_outputs_are_right_at_small_sizes(bench: ModuleType, name: str) -> None:
-    if name in ("bench_lora_stack", "bench_prefix_attention", "bench_statistics"):
+    if name in ("bench_lora_stack", "bench_prefix_attention", "bench_statistics", "bench_kdp_schedule"):
         pytest.importorskip("timm", reason="its models are timm's")
     module = __import__(name)
     checked = 0
