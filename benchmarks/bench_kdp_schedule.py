@@ -5,7 +5,7 @@ query of each model by itself, computes a token correlation in every teacher blo
 block whole, and makes the teacher's logits again in every epoch. All variants run the same method on the same batches
 in the same order and must end with the same predictions: what is saved is only what was not needed. "frozen, query
 shared" caches nothing, as with random augmentation; "ours" computes the query and the teacher's logits once an image
-and phase, as `cl-kernels train` does without augmentation. For a ViT-B that teaches a ViT-S, multiplications alone, with
+and phase, as `cl-kernels train` does without augmentation. For a ViT-B that teaches a ViT-S, multiplications alone, and
 caches filled for nothing, give 0.73 and 0.55 of the official schedule.
 """
 
