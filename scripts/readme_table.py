@@ -35,7 +35,9 @@ COMPARISONS = (
     ("null-space", "linear", "heads only"),
     ("nsp2", "linear", "heads only"),
 )
-ACCURACY, FORGETTING, KNOWN = MEASURES[0], MEASURES[1], MEASURES[2]
+ACCURACY, FORGETTING, KNOWN = (
+    next(m for m in MEASURES if m.key == key) for key in ("average_accuracy", "forgetting", "task_accuracy")
+)
 
 
 def block(record: dict[str, Any]) -> str:
