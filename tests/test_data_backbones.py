@@ -264,6 +264,12 @@ def test_a_described_backbone_is_built_again(name: str) -> None:
         assert torch.equal(again.eval()(images), model(images))
 
 
+def test_a_file_that_is_called_as_a_timm_model_is() -> None:
+    model, _ = data.load_backbone("embedded-small")
+    assert architecture_of("somewhere/vit_tiny_patch16_224.safetensors", model) == architecture_of("mine", model)
+    assert architecture_of("vit_tiny_patch16_224.safetensors", model) == architecture_of("mine", model)
+
+
 def test_what_no_description_fits_is_refused() -> None:
     model, _ = data.load_backbone("embedded-small")
     with pytest.raises(ValueError, match="not what its name"):

@@ -46,7 +46,8 @@ def architecture_of(name: str, model: nn.Module) -> dict[str, Any]:
     timm, given = import_timm(), cast(Any, model)  # what a model of another kind lacks is refused below
     try:
         size = int(given.patch_embed.img_size[0])
-        if timm.is_model(name.split(".")[0]):
+        is_file = name.endswith(".safetensors")  # and may be called as a model is
+        if not is_file and timm.is_model(name.split(".")[0]):
             found: dict[str, Any] = {"timm": name, "img_size": size}
         else:
             found = {
