@@ -276,6 +276,14 @@ class TestOptions:
             methods.create(name, backbone, **given)
         assert all(p.requires_grad for p in backbone.parameters())
 
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_model_that_is_no_vit(self, name: str) -> None:
+        with pytest.raises(ValueError, match="Linear has no patch_embed"):
+            methods.create(name, torch.nn.Linear(3, 3))
+        given: dict[str, Any] = {"general": 1, "expert": 1} if name == "dualprompt" else {"blocks": 1}
+        with pytest.raises(ValueError, match="at most the 0 blocks"):
+            methods.create(name, torch.nn.Linear(3, 3), **given)
+
     def test_blocks_by_number(self) -> None:
         pool: Any = created("dualprompt", general=0, expert=2).pool
         assert (sorted(pool.general), sorted(pool.expert)) == ([], ["0", "1"])

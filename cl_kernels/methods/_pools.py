@@ -136,6 +136,6 @@ def first(name: str, blocks: int | None, backbone: Any) -> range | None:
     """The first `blocks` blocks of a backbone; None leaves the choice to the pool."""
     if blocks is None:
         return None
-    depth = len(backbone.blocks)
+    depth = len(getattr(backbone, "blocks", ()))
     require(name, blocks <= depth, f"at most the {depth} blocks of the backbone", blocks)
     return range(blocks)

@@ -52,7 +52,7 @@ class DualPromptOptions(PoolOptions):
         general: range | None = None
         expert: range | None = None
         if self.general is not None and self.expert is not None:
-            depth, last = len(list(backbone.get_submodule("blocks").children())), self.general + self.expert
+            depth, last = len(list(getattr(backbone, "blocks", nn.Module()).children())), self.general + self.expert
             require("expert", last <= depth, f"with general at most the {depth} blocks of the backbone", self.expert)
             general, expert = range(self.general), range(self.general, last)
         return Pool.of(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_kernels.nn._attention import head_dim
+from cl_kernels.nn._prompts import check_options
 
 __all__ = ["LayerPrompt", "PromptPool", "cosines", "pairs", "split_heads"]
 
@@ -57,8 +58,11 @@ class PromptPool(nn.Module):
 
     @classmethod
     def of(cls, backbone: nn.Module, **options: Any) -> Self:
-        """A pool for a timm ViT: `dim`, `blocks` and `heads` are the backbone's; `options` as the class takes them."""
+        """A pool for a timm ViT: `dim`, `blocks` and `heads` are the backbone's; `options` as the class takes them.
+
+        Raises `ValueError` for another model."""
         model: Any = backbone
+        check_options(model, 0, "deep", "append")
         attention = model.blocks[0].attn
         heads = int(attention.num_heads)
         return cls(heads * head_dim(attention), len(model.blocks), heads, **options)
