@@ -230,6 +230,16 @@ class TestLosses:
         expected = 0.75 * F.cross_entropy(hard, local) + 0.25 * two + found.loss
         torch.testing.assert_close(method.loss((images, labels)), expected, atol=2e-5, rtol=2e-5)
 
+    def test_decoupled_within_a_task_of_one_class(self) -> None:
+        """There is no rest to compare: nothing is lost, and the run goes on."""
+        method = student(distillation="decoupled")
+        learn(method, Toy(0, (3,)))
+        learn(method, TASKS[1])
+        method.begin_task(Toy(2, (5,)))
+        method.begin_phase(1)
+        images, labels = Toy(2, (5,)).images()
+        assert float(method.loss((images, labels)).detach()) == 0
+
     def test_features(self) -> None:
         method, images, labels = self.setup_student(distillation="feature", feature_weight=0.7)
         found, hard, taught, local = self.parts(method, images, labels)

@@ -256,7 +256,8 @@ class KDP(PoolMethod):
         hard: Tensor = self.heads.head(self._current)(found.cls)
         alpha, wide = chosen.alpha, hard.float() if hard.dtype.itemsize < 4 else hard
         if chosen.distillation == "decoupled":
-            soft = dkd_loss(wide, taught, local)
+            alone = wide.shape[1] == 1  # then both divergences are of certainties
+            soft = wide.new_zeros(()) if alone else dkd_loss(wide, taught, local)
             return (1 - alpha) * F.cross_entropy(wide / chosen.temperature, local) + alpha * soft
         signal = self.kd_heads.head(self._current)(_token(found)) if self._reads_token else hard
         if not self.needs_teacher:
