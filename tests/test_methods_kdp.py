@@ -139,6 +139,8 @@ class TestPhases:
         resumed = student(distillation=distillation, schedule="cosine")
         resumed.load_state_dict(saved)
         assert resumed.phase == straight.phase
+        if resumed.teacher is not None:
+            assert not any(p.requires_grad for part in resumed.teacher.modules() for p in part.parameters())
         for method in (straight, resumed):
             steps(method, TASKS[1], count=4)
             method.end_task(TASKS[1], TASKS[1].batches())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,15 @@ class Teacher(PoolMethod):
         """The task is trained: nothing of the teacher moves until the next."""
         self.optimizer = self.scheduler = None
         self.pool.end_task()
+        self._freeze()
+        self.check_backbone()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, at rest where it was."""
+        super().load_state_dict(state)
+        if self.optimizer is None:
+            self._freeze()
+
+    def _freeze(self) -> None:
         for _, parameter in self._saved_parameters():
             parameter.requires_grad_(False)
-        self.check_backbone()
