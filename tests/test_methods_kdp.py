@@ -347,6 +347,9 @@ class TestWrongCalls:
             continual.run(tiny_config("kdp"), data=tiny_data(), backbone=tiny_backbone())
         with pytest.raises(ValueError, match="no teacher"):
             continual.run(tiny_config("nsp2", **TEACHER), data=tiny_data(), backbone=tiny_backbone())
+        for name in ("embeded", "vit_tiny_patch16_224"):
+            with pytest.raises(ValueError, match=f"^teacher: .*{name}"):
+                continual.run(tiny_config("kdp", teacher=name), data=tiny_data(), backbone=tiny_backbone())
         with pytest.raises(ValueError, match="teacher_weights"):
             RunConfig("kdp", teacher_weights="w.safetensors")
 

@@ -116,7 +116,10 @@ def _teach(
             raise ValueError(f"teacher: {config.method} needs one: a backbone larger than {config.backbone!r}")
         return
     architecture_of(config.backbone, method.backbone)  # refuses now what could not be written at the end
-    model, wanted = image_data.load_backbone(config.teacher, config.teacher_weights)
+    try:
+        model, wanted = image_data.load_backbone(config.teacher, config.teacher_weights)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from error
     digests.append(_digest_model(model))
     method.set_teacher(model.to(device), lambda images: translated(images, preprocess, wanted))
 

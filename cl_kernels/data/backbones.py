@@ -82,7 +82,8 @@ def _timm(name: str, weights: str | os.PathLike[str] | None, image_size: int | N
         raise ValueError(f"unknown backbone {name!r}; nearest: {', '.join(near) or 'embedded'}")
     if weights is None:
         raise ValueError(
-            f"backbone {name!r} needs its weights and nothing is downloaded: give --weights FILE.safetensors"
+            f"backbone {name!r} needs its weights and nothing is downloaded: give --weights FILE.safetensors "
+            "(--teacher-weights for a teacher)"
         )
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
