@@ -318,8 +318,13 @@ class TestWrongCalls:
 
     def test_features_of_other_shapes(self) -> None:
         method = methods.create("kdp", tiny_model(), distillation="feature")
-        with pytest.raises(ValueError, match="rows"):
-            method.set_teacher(tiny_model(class_token=False, global_pool="avg"), lambda x: x)
+        other = tiny_model(class_token=False, global_pool="avg")
+        with pytest.raises(ValueError, match="rows, of which it has 4, not 5"):
+            method.set_teacher(other, lambda x: x)
+        assert method.teacher is None
+        assert all(p.requires_grad for p in other.parameters()), "a wrong call leaves the model as it was"
+        with pytest.raises(ValueError, match="Linear"):
+            method.set_teacher(torch.nn.Linear(3, 3), lambda x: x)
 
     def test_phases_in_order(self) -> None:
         method = student()

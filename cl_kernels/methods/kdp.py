@@ -156,15 +156,14 @@ class KDP(PoolMethod):
             raise ValueError(f"teacher: kdp with distillation={self.options.distillation!r} learns from no teacher")
         if self.tasks:
             raise ValueError("teacher: it must be there before the first task")
+        compared = self.options.distillation == "feature"
+        mine, its = _rows(self.model.backbone), _rows(backbone)
+        if compared and its not in (None, mine):
+            raise ValueError(f"teacher: distillation='feature' compares rows, of which it has {its}, not {mine}")
         self.teacher = Teacher(
             backbone, self.options, query=self.model.query, query_dim=self.pool.query_dim, adapt=adapt
         )
-        if self.options.distillation == "feature":
-            rows = [_rows(model) for model in (self.model.backbone, self.teacher.model.backbone)]
-            if rows[0] != rows[1]:
-                raise ValueError(
-                    f"teacher: distillation='feature' compares rows, of which it has {rows[1]}, not {rows[0]}"
-                )
+        if compared:
             self.projection = nn.Linear(self.heads.dim, self.teacher.heads.dim).to(self._like)
 
     def _teacher(self) -> Teacher:
@@ -347,9 +346,10 @@ def _token(found: Pooled) -> Tensor:
     return found.kd
 
 
-def _rows(backbone: Any) -> int:
-    """Rows that a model's blocks see."""
-    return int(backbone.patch_embed.num_patches) + int(backbone.num_prefix_tokens)
+def _rows(backbone: Any) -> int | None:
+    """Rows that a model's blocks see; None for what is no ViT, which is refused elsewhere."""
+    patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
+    return None if patches is None else int(patches) + int(getattr(backbone, "num_prefix_tokens", 1))
 
 
 @contextmanager
