@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "common/kept_memory.h"
 #include "projection.h"
 #include "projection_math.h"
 #include "projection_products.h"
@@ -21,13 +22,12 @@
 namespace clk {
 namespace {
 
-constexpr int64_t kPackRows = 24;                // measured: the copy costs about what 20 rows save
-constexpr int64_t kBlockElements = 16384;        // a block of u and its product in 128 KB of float
-constexpr int64_t kDenseElements = 1 << 20;      // of u where P is dense: the more rows, the less often P is read
-constexpr int64_t kPanel = 64, kDepth = 256;     // columns and rows of a dense P at a time, copied beside each other
-constexpr int64_t kStripElements = 65536;        // of a basis at a time, for few rows: 256 KB of a 1 MB cache
-constexpr int64_t kWaveBytes = 16 << 20;         // of copied bases at a time
-constexpr size_t kKeptBytes = size_t{32} << 20;  // of scratch that a thread keeps for its next step
+constexpr int64_t kPackRows = 24;             // measured: the copy costs about what 20 rows save
+constexpr int64_t kBlockElements = 16384;     // a block of u and its product in 128 KB of float
+constexpr int64_t kDenseElements = 1 << 20;   // of u where P is dense: the more rows, the less often P is read
+constexpr int64_t kPanel = 64, kDepth = 256;  // columns and rows of a dense P at a time, copied beside each other
+constexpr int64_t kStripElements = 65536;     // of a basis at a time, for few rows: 256 KB of a 1 MB cache
+constexpr int64_t kWaveBytes = 16 << 20;      // of copied bases at a time
 
 template <typename T, typename W>
 CLK_INLINE T get(const W* p) {
@@ -550,21 +550,8 @@ void run(Plan<T>& plan, T* memory, int64_t each, int threads) {
     }
 }
 
-// The thread's own memory, grown to what a step needs and kept for the next one.
-struct Memory {
-    std::vector<double> values;  // doubles for their alignment
-
-    void* take(size_t bytes) {
-        const size_t wanted = (bytes + sizeof(double) - 1) / sizeof(double);
-        if (values.size() < wanted) {
-            std::vector<double>().swap(values);  // never both at once
-            values.resize(wanted);
-        }
-        return values.data();
-    }
-};
-Memory& memory_of_this_thread() {
-    thread_local Memory memory;
+KeptMemory& memory_of_this_thread() {
+    thread_local KeptMemory memory;
     return memory;
 }
 
@@ -585,7 +572,7 @@ void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, const
     Plan<double> doubles = make_plan<double>(parameters, settings);
     const int64_t work = std::max(singles.blocks.size(), doubles.blocks.size());
     threads = static_cast<int>(std::clamp<int64_t>(work, 1, std::max(threads, 1)));
-    Memory& memory = memory_of_this_thread();
+    KeptMemory& memory = memory_of_this_thread();
     const size_t bytes = std::max(bytes_of(singles, threads), bytes_of(doubles, threads));
     void* const space = memory.take(bytes);
     if (!singles.blocks.empty()) run(singles, static_cast<float*>(space), values_each(singles), threads);
@@ -593,7 +580,7 @@ void projected_adam_cpu(const std::vector<ProjectedParameter>& parameters, const
     for (const ProjectedParameter& p : parameters) {
         if (p.step) *p.step += 1.0f;
     }
-    if (bytes > kKeptBytes) std::vector<double>().swap(memory.values);
+    memory.release();
 }
 
 }  // namespace clk

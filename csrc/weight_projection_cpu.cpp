@@ -7,7 +7,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "common/scratch.h"
+#include "common/kept_memory.h"
 #include "weight_projection.h"
 #include "weight_projection_math.h"
 #include "weight_projection_tiles.h"
@@ -377,9 +377,9 @@ void run(Plan<T>& plan, void* memory, int threads) {
     }
 }
 
-Scratch& scratch_of_this_thread() {
-    thread_local Scratch scratch;
-    return scratch;
+KeptMemory& memory_of_this_thread() {
+    thread_local KeptMemory memory;
+    return memory;
 }
 
 }  // namespace
@@ -390,14 +390,14 @@ void ftp_step_cpu(const std::vector<AnchoredParameter>& parameters, const BaseSe
     Plan<double> doubles = make_plan<double>(parameters, base, rule);
     const int64_t work = std::max(singles.items.size(), doubles.items.size());
     threads = static_cast<int>(std::clamp<int64_t>(work, 1, std::max(threads, 1)));
-    Scratch& scratch = scratch_of_this_thread();
-    void* const memory = scratch.take(std::max(bytes_of(singles), bytes_of(doubles)));
-    if (!singles.items.empty()) run(singles, memory, threads);
-    if (!doubles.items.empty()) run(doubles, memory, threads);
+    KeptMemory& memory = memory_of_this_thread();
+    void* const space = memory.take(std::max(bytes_of(singles), bytes_of(doubles)));
+    if (!singles.items.empty()) run(singles, space, threads);
+    if (!doubles.items.empty()) run(doubles, space, threads);
     for (const AnchoredParameter& p : parameters) {
         if (p.step) *p.step += 1.0f;
     }
-    scratch.release();
+    memory.release();
 }
 
 }  // namespace clk

@@ -8,7 +8,7 @@ namespace clk {
 
 inline constexpr size_t kKeptBytes = size_t{32} << 20;  // what a thread keeps for its next call
 
-class Scratch {
+class KeptMemory {
   public:
     // At least `bytes`, aligned for doubles; what was there before is lost.
     void* take(size_t bytes) {
@@ -19,7 +19,7 @@ class Scratch {
         }
         return values_.data();
     }
-    // At the end of a call: a large workspace is given back.
+    // At the end of a call: what is large goes back.
     void release() {
         if (values_.size() * sizeof(double) > kKeptBytes) std::vector<double>().swap(values_);
     }
