@@ -159,6 +159,10 @@ def distinct(s: Step) -> None:
 
 def apart(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> bool:
     """Whether no tensor is written twice, and none of the inputs is written."""
+    addresses = list(map(Tensor.data_ptr, outputs))
+    once = set(addresses)
+    if len(once) == len(addresses) and once.isdisjoint(map(Tensor.data_ptr, inputs)):
+        return True
     addresses = [t.data_ptr() for t in outputs if t.numel()]  # tensors without elements share the address 0
     once = set(addresses)
     return len(once) == len(addresses) and once.isdisjoint([t.data_ptr() for t in inputs if t.numel()])
