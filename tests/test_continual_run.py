@@ -224,7 +224,11 @@ class TestFiles:
         with pytest.raises(FileExistsError, match=r"out: .*resume"):
             run(out=tmp_path)
         assert comparable(json.loads((tmp_path / "results.json").read_text())) == comparable(first)
+        models = [tmp_path / name for name in ("student.safetensors", "report.html", "notes.txt")]
+        for path in models:
+            path.write_bytes(b"of the run before")
         assert comparable(run(out=tmp_path, overwrite=True, seed=1)) != comparable(first)
+        assert [path.exists() for path in models] == [False, False, True], "what that run wrote, and nothing else"
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
 
     def test_a_directory_that_a_run_is_writing_to_is_refused(

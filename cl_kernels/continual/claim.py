@@ -15,6 +15,7 @@ __all__ = ["CHECKPOINT", "claimed"]
 logger = logging.getLogger("cl_kernels")
 
 CHECKPOINT = Path("checkpoints") / "last.safetensors"
+_WRITTEN = ("results.json", "metrics.jsonl", "report.html", "subspace.safetensors", "student.safetensors")
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def claimed(out: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     with _locked(out):
         checkpoint.probe(last.parent)
         if overwrite and not resume:
-            for path in (last, out / "results.json", out / "metrics.jsonl"):
+            for path in (last, *(out / name for name in _WRITTEN)):
                 path.unlink(missing_ok=True)
         yield
 

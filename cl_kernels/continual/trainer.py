@@ -67,8 +67,9 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate one method on one stream; return (and write) the results that `RunConfig` documents.
 
-    With `config.out`: results.json, metrics.jsonl and the method's subspace.safetensors, checkpoints/last.safetensors
-    after every task and as often as asked within one. `config.resume` goes on from it, bit for bit on the same machine.
+    With `config.out`: results.json, metrics.jsonl, the method's subspace.safetensors, with a teacher
+    student.safetensors (see `load_model`), and checkpoints/last.safetensors after every task and as often as asked
+    within one. `config.resume` goes on from it, bit for bit on the same machine.
     `data` and `backbone` replace what the configuration names (it must still name them). Global random states and
     thread counts are put back.
 
