@@ -105,7 +105,7 @@ class KDP(PoolMethod):
     Student loss: (1 - alpha) CE(class head) + alpha T^2 KL(teacher || KD head), both over the task's own classes, plus
     the pool's. The KD head reads the KD token; prediction blends both heads' raw logits. The teacher is frozen while it
     teaches, uses the prompts that inference chooses, and forgets like any continual learner. Without augmentation the
-    query (shared by both pools) and the teacher's logits are computed once an image and task.
+    query (shared by both pools) is computed once an image and phase, and the teacher's logits once an image and task.
     """
 
     name: ClassVar[str] = "kdp"
