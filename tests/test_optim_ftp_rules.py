@@ -438,6 +438,21 @@ def test_bad_settings_are_refused(maker: Any, options: dict[str, Any], error: ty
 
 
 @kinds
+@pytest.mark.parametrize(("key", "value"), [("kappa", 2.0), ("norm", "l1"), ("radius_floor", 0.0), ("radius", -1.0)])
+def test_an_edit_out_of_range_stops_the_step_before_it_begins(kind: str, key: str, value: Any) -> None:
+    net = start()
+    optimizer = MAKERS[kind](net.named_parameters())
+    train(net, optimizer, range(3))
+    backward(net, 3)
+    optimizer.param_groups[0][key] = value
+    before, kept = weights_of(net), states(optimizer)
+    with pytest.raises(ValueError, match=f"{key}|fixed_radius"):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())  # the head's, too
+    assert same_states(kept, states(optimizer))
+
+
+@kinds
 def test_complex_and_shared_weights_are_refused(kind: str) -> None:
     with pytest.raises(RuntimeError, match="z: complex parameters cannot be held to an anchor"):
         MAKERS[kind]([("z", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])

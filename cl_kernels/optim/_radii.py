@@ -184,6 +184,7 @@ class RadiusOptimizer(FlooredOptimizer):
         raise NotImplementedError
 
     def _checked_lists(self, group: dict[str, Any], params: list[Tensor], bonds: list[Held], on_device: bool) -> Lists:
+        self._rule(group, 1, group["radius_lr"])  # a group may have been edited
         if not torch.compiler.is_compiling():
             self._watch(list(zip(params, bonds, strict=True)))
         grads, firsts, seconds, largests, steps = self._moments(group, params)
@@ -227,9 +228,7 @@ class RadiusOptimizer(FlooredOptimizer):
                 continue
             part = lists if len(which) == len(bonds) else lists.only(which)
             each = speeds if isinstance(speeds, float | int) else [speeds[i] for i in which]
-            rule = rule_of(
-                len(which), group["kappa"], each, group["masked"], group["radius_floor"], group["radius"], group["norm"]
-            )
+            rule = self._rule(group, len(which), each)
             if sharded:
                 _sharded_radii.step_(group, part, self._base(group), rule, scale, found)
             else:
@@ -241,6 +240,13 @@ class RadiusOptimizer(FlooredOptimizer):
         if not torch.compiler.is_compiling():
             for p in lists.params:
                 self._versions[p] = _shards.version(p)
+
+    @staticmethod
+    def _rule(group: dict[str, Any], count: int, speeds: float | list[float]) -> tuple[Any, ...]:
+        """The group's settings as the step takes them; raises `ValueError` where one is out of range."""
+        return rule_of(
+            count, group["kappa"], speeds, group["masked"], group["radius_floor"], group["radius"], group["norm"]
+        )
 
     def _masters(self, group: dict[str, Any], params: list[Tensor], *moments: str) -> None:
         """The state of 16-bit parameters in float32, with a float32 copy of the weight that the steps work on."""
@@ -266,7 +272,7 @@ class RadiusOptimizer(FlooredOptimizer):
             for p, held in fresh
             if held.record is not None and held.slot is not None
         ]
-        if apart and any(moved := torch.stack(apart).tolist()):
+        if apart and any(moved := torch.stack([far.to(apart[0].device) for far in apart]).tolist()):
             which = _names.few(str(held.name) for (_, held), far in zip(fresh, moved, strict=True) if far)
             warnings.warn(
                 f"the first step returns weights to their anchors, where every radius starts, and these are elsewhere: "
