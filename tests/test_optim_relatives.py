@@ -357,6 +357,26 @@ class TestPulledLoops:
         assert not torch.equal(model.conv.weight, before["conv.weight"])
 
     @pytest.mark.parametrize("name", PULLED)
+    def test_a_model_on_two_devices_is_stepped_on_each(self, name: str) -> None:
+        """As torch's AdamW does; the second device holds no numbers, so the first one's are compared."""
+        alone, both = net(), net()
+        far = nn.Linear(3, 3, device="meta")
+        single = PULLED[name](alone.named_parameters(), lr=1e-2)
+        spread = [("far.weight", far.weight), *both.named_parameters(), ("far.bias", far.bias)]
+        optimizer = PULLED[name](spread, lr=1e-2)
+        for batch in batches(8):
+            for model in (alone, both):
+                model.zero_grad()
+                F.cross_entropy(model.eval()(batch[0]), batch[1]).backward()
+            for p in far.parameters():
+                p.grad = torch.ones_like(p)
+            single.step()
+            optimizer.step()
+        for key, value in values(alone).items():
+            assert torch.equal(value, values(both)[key]), key
+        assert optimizer.state[far.weight]["exp_avg"].device.type == "meta"
+
+    @pytest.mark.parametrize("name", PULLED)
     def test_a_scaled_step_is_the_unscaled_one_and_an_overflow_is_none(self, name: str) -> None:
         models = [net(), net()]
         made = [PULLED[name](m.named_parameters(), lr=1e-2, fused=True) for m in models]

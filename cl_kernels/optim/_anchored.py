@@ -126,7 +126,9 @@ class AnchoredOptimizer(NamedOptimizer):
             weight = _shards.local(p).double()
             moved = weight if held.slot is None else weight - self._true(p, held).double()
             found[labels[p]] = _rows.largest(moved, p, self._norm_of(p))
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+        tops = list(found.values())
+        read = torch.stack([top.to(tops[0].device) for top in tops]).tolist() if tops else []
+        return dict(zip(found, read, strict=True))
 
     def fingerprints(self) -> dict[str, str]:
         """64 bits of each true anchor by name, the same on every device and however it is sharded."""

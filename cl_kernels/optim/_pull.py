@@ -91,8 +91,27 @@ class PulledAdamW(AnchoredOptimizer, AdamTwin):
             if "step" in state:
                 step = state["step"].to(p.device)
                 pairs[labels[p]] = torch.stack([state.get("fired", torch.zeros_like(step)), step])
-        values = torch.stack(list(pairs.values())).tolist() if pairs else []
+        found = list(pairs.values())
+        values = torch.stack([pair.to(found[0].device) for pair in found]).tolist() if found else []
         return {name: (count, steps) for name, (count, steps) in zip(pairs, values, strict=True)}
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _pulled(
+        self, group: dict[str, Any], lists: Any, bonds: list[Held], scale: Tensor | None, found: Tensor | None
+    ) -> None:
+        """The step of bound parameters, all on one device."""
+        raise NotImplementedError
+
+    def _bound(
+        self, group: dict[str, Any], lists: Any, bonds: list[Held], scale: Tensor | None, found: Tensor | None
+    ) -> None:
+        places: dict[torch.device, list[int]] = {}  # a model may be spread over several
+        for i, p in enumerate(lists[0]):
+            places.setdefault(p.device, []).append(i)
+        for which in places.values():
+            part = lists if len(places) == 1 else tuple([field[i] for i in which] if field else [] for field in lists)
+            self._pulled(group, part, [bonds[i] for i in which], scale, found)
 
     def _checked_lists(
         self, group: dict[str, Any], params: list[Tensor], bonds: list[Any], on_device: bool

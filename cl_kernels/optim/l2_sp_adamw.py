@@ -45,7 +45,7 @@ class L2SPAdamW(PulledAdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, strength=strength, coupled=coupled, **options)
 
-    def _bound(
+    def _pulled(
         self, group: dict[str, Any], lists: Any, bonds: list[Any], scale: Tensor | None, found: Tensor | None
     ) -> None:
         whole, fired, *rest = lists
