@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_kernels.ops import distillation_loss, dkd_loss, kl_loss
+from cl_kernels.ops import distillation_loss, dkd_loss, kl_loss, linear_kl_loss
 
 if __package__:
     from .harness import Case, can_compile, main
@@ -136,6 +136,37 @@ def decoupled(rows: int, columns: int, device: str) -> Case:
     )
 
 
+def linear(rows: int, width: int, columns: int, device: str) -> Case:
+    """The KL of two linear heads with the gradients of features and weight: what the logits of all rows cost."""
+    x, t = (torch.randn(rows, width, device=device) for _ in range(2))
+    w, v = (torch.randn(columns, width, device=device) * width**-0.5 for _ in range(2))
+    inputs = (x.requires_grad_(), w.requires_grad_())
+
+    def whole() -> Tensor:
+        log_s, log_t = F.log_softmax(F.linear(x, w) / T, -1), F.log_softmax(F.linear(t, v) / T, -1)
+        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            value = loss()
+            return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+        return call
+
+    variants = {
+        "ours": step(lambda: linear_kl_loss(x, w, t, v, temperature=T)),
+        "kl_loss of whole logits": step(lambda: kl_loss(F.linear(x, w), F.linear(t, v), temperature=T)),
+        "eager torch": step(whole),
+    }
+    return Case(
+        f"linear heads {rows}x{width} -> {columns} float32",
+        variants,
+        step(whole)(),
+        1e-4,
+        flops=8.0 * rows * width * columns,
+    )
+
+
 def single(rows: int, columns: int, device: str) -> Case:
     """The KL alone, without a gradient: what a validation step computes."""
     _, s, t, _ = heads(rows, columns, torch.float32, device)
@@ -161,6 +192,7 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
             yield two_heads(16, 50, dtype, device, False)
         yield decoupled(16, 50, device)
         yield single(16, 50, device)
+        yield linear(16, 8, 50, device)
         return
     for rows, columns in CUDA_SHAPES if device == "cuda" else SHAPES:
         for dtype in DTYPES:
@@ -168,6 +200,7 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
     yield decoupled(256, 100, device)
     yield decoupled(256, 1000, device)
     yield single(256, 1000, device)
+    yield linear(2048, 64, 16384, device)
 
 
 def cases(quick: bool) -> Iterable[Case]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels.errors import NonFiniteError
-from cl_kernels.ops import _native, distillation_loss, dkd_loss, jsd_loss, kl_loss
+from cl_kernels.ops import _native, distillation_loss, dkd_loss, jsd_loss, kl_loss, linear_kl_loss
 
 F64 = torch.float64
 WHOLE = slice(None)
@@ -532,6 +532,72 @@ def test_autocast_changes_nothing(backend):
     assert torch.equal(inside, distillation_loss(z, s, t, y))
 
 
+# -- a linear head whose logits are never whole -----------------------------------------------------------------------
+
+
+def linear_heads(rows: int, columns: int, dtype: torch.dtype = F64) -> list[Tensor]:
+    """Features, weights and biases of a student that learns and of a teacher."""
+    shapes = ((rows, 6), (columns, 6), (columns,), (rows, 9), (columns, 9), (columns,))
+    made = [torch.randn(shape, dtype=F64).to(dtype) for shape in shapes]
+    return [x.requires_grad_(i < 3) for i, x in enumerate(made)]
+
+
+def of_heads(x: Tensor, w: Tensor, b: Tensor, t: Tensor, v: Tensor, c: Tensor, **options: Any) -> Tensor:
+    return linear_kl_loss(x, w, t, v, student_bias=b, teacher_bias=c, **options)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+@pytest.mark.parametrize("rows_at_once", [None, 1, 3, 7, 50])
+def test_a_linear_kl_is_the_kl_of_its_logits(backend, rows_at_once, reduction):
+    given = linear_heads(7, 20)
+    x, w, b, t, v, c = given
+    options = {"classes": slice(4, 18), "temperature": 2.0, "reduction": reduction}
+    wanted = gradients(kl_loss(F.linear(x, w, b), F.linear(t, v, c), **options), x, w, b)
+    ours = gradients(of_heads(*given, rows_at_once=rows_at_once, **options), x, w, b)
+    for a, b_ in zip(ours, wanted, strict=True):
+        assert torch.allclose(a, b_, rtol=1e-11, atol=1e-14)
+    assert not ours[2][:4].any()
+    assert not ours[3][18:].any()
+    without = linear_kl_loss(x.detach(), w, t, v, rows_at_once=rows_at_once)
+    assert torch.allclose(torch.autograd.grad(without, w)[0], torch.autograd.grad(kl_loss(x @ w.mT, t @ v.mT), w)[0])
+    empty = linear_kl_loss(x[:0], w, t[:0], v)
+    assert empty == 0
+    assert not torch.autograd.grad(empty, w)[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_linear_kl_is_as_right_as_torch(backend, dtype):
+    given = linear_heads(33, 120, dtype)
+    wide = gold(*given)
+    x, w, b, t, v, c = given
+    wanted = gradients(of_heads(*wide), *wide[:3])
+    theirs = gradients(torch_kl(F.linear(x, w, b), F.linear(t, v, c), 1.0), x, w, b)
+    for a, e, exact in zip(gradients(of_heads(*given, rows_at_once=8), x, w, b), theirs, wanted, strict=True):
+        assert relative(a, exact) <= 2 * relative(e, exact) + torch.finfo(a.dtype).eps
+
+
+def test_a_linear_kl_never_holds_more_than_a_chunk_of_logits(backend, monkeypatch):
+    given = linear_heads(64, 500, torch.float32)
+    seen: list[int] = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: (seen.append(a[0].shape[0] * a[1].shape[0]), linear(*a))[1])
+    loss = of_heads(*given, rows_at_once=5)
+    assert max(seen) == 5 * 500
+    assert sum(seen) == 2 * 64 * 500
+    kept = [t.numel() for t in loss.grad_fn.saved_tensors]
+    assert kept == [64 * 6, 500 * 6, 500]
+
+
+def test_a_linear_kl_is_differentiated_once_and_compiles(backend):
+    given = linear_heads(5, 6)
+    assert torch.autograd.gradcheck(lambda *a: of_heads(*a, *given[3:], temperature=2.0, rows_at_once=2), given[:3])
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(of_heads(*given), given[0], create_graph=True)
+    compiled = torch.compile(of_heads, fullgraph=True, dynamic=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled(*given), *given[:3]), gradients(of_heads(*given), *given[:3]), strict=True):
+        assert torch.allclose(a, b)
+
+
 # -- wrong calls ------------------------------------------------------------------------------------------------------
 
 Z, T = torch.zeros(3, 5), torch.zeros(3, 5)
@@ -571,6 +637,18 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "negative target": (lambda: distillation_loss(Z, Z, T, Y - 100), ValueError, "target: .* got -100"),
     "integer logits": (lambda: kl_loss(Z.long(), T), ValueError, "student: expected torch.float32 or"),
     "three dimensions": (lambda: kl_loss(Z[None], T[None]), ValueError, r"student: expected shape \[B, C\]"),
+    "other head": (lambda: linear_kl_loss(Z, T[:, :4], Z, T), ValueError, r"student_weight: expected shape \[C, 5\]"),
+    "fewer features": (lambda: linear_kl_loss(Z, T, Z[:2], T), ValueError, "teacher: expected 3 rows"),
+    "fewer classes of a head": (lambda: linear_kl_loss(Z, T, Z, T[:2]), ValueError, "teacher_weight: .* classes"),
+    "bias of another size": (lambda: linear_kl_loss(Z, T, Z, T, student_bias=Z[0]), ValueError, "student_bias"),
+    "head of another dtype": (lambda: linear_kl_loss(Z, T.double(), Z, T), ValueError, "student_weight: .*float32"),
+    "teacher head that learns": (
+        lambda: linear_kl_loss(Z, T, Z, T.clone().requires_grad_()),
+        ValueError,
+        "teacher_weight: .* not being trained",
+    ),
+    "no rows at once": (lambda: linear_kl_loss(Z, T, Z, T, rows_at_once=0), ValueError, "rows_at_once"),
+    "rows of a linear head": (lambda: linear_kl_loss(Z, T, Z, T, reduction="none"), ValueError, "reduction"),
     "a list": (lambda: kl_loss([1.0], T), TypeError, "student: expected a torch.Tensor"),
 }
 

@@ -83,6 +83,13 @@ def _heads() -> list[torch.Tensor]:
     return [torch.randn(4, 7, dtype=torch.float64).requires_grad_(i < 2) for i in range(3)]
 
 
+def _linear_heads() -> Arguments:
+    """Features and heads of a student that learns and of a teacher."""
+    shapes = ((5, 3), (7, 3), (7,), (5, 4), (7, 4), (7,))
+    made = [torch.randn(shape, dtype=torch.float64).requires_grad_(i < 3) for i, shape in enumerate(shapes)]
+    return *made, 2.0, 2, 2, True, True, True
+
+
 SAMPLES: dict[str, Callable[[], Arguments]] = {
     "update_covariance_": _moments,
     "update_covariances_": _many_moments,
@@ -120,6 +127,7 @@ SAMPLES: dict[str, Callable[[], Arguments]] = {
     "kl_loss": lambda: (*_heads()[1:], 0, -1, 2.0, 2, True),
     "dkd_loss": lambda: (*_heads()[1:], torch.arange(2, 6), torch.ones(4).double(), 1, 6, 1.0, 4.0, 4.0, 0, True),
     "jsd_loss": lambda: (*_heads()[1:], 2, 5, 0.5, 2.0, 1, True),
+    "linear_kl_loss": _linear_heads,
     "extend_basis": lambda: (torch.linalg.qr(_tall()[..., :2]).Q, _tall().requires_grad_(), 1e-6),
 }
 

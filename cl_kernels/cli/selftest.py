@@ -246,6 +246,13 @@ def _dkd(device: torch.device, dtype: torch.dtype) -> Tensor:
     return _with_gradient(s, ops.dkd_loss(s, t, y))
 
 
+def _linear_kl(device: torch.device, dtype: torch.dtype) -> Tensor:
+    x, w, t, v = (_normal(shape, 50 + i, device, dtype) for i, shape in enumerate(((9, 8), (70, 8), (9, 12), (70, 12))))
+    inputs = (x.requires_grad_(), w.requires_grad_())
+    loss = ops.linear_kl_loss(*inputs, t, v, temperature=2.0, classes=slice(3, 60), rows_at_once=4)
+    return torch.cat([loss.detach().flatten(), *(g.flatten() for g in torch.autograd.grad(loss, inputs))])
+
+
 def _jsd(device: torch.device, dtype: torch.dtype) -> Tensor:
     _, s, t, _ = _heads(device, dtype)
     return _with_gradient(s, ops.jsd_loss(s, t, beta=0.3, temperature=2.0))
@@ -274,6 +281,7 @@ CASES: dict[str, Case] = {
     "kl_loss": _kl,
     "dkd_loss": _dkd,
     "jsd_loss": _jsd,
+    "linear_kl_loss": _linear_kl,
     "prefix_attention": _prefix,
     "prefix_attention_backward": _prefix,
 }

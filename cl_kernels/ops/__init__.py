@@ -9,7 +9,7 @@ from cl_kernels.ops.covariance import (
     update_covariances_,
     update_head_grams_,
 )
-from cl_kernels.ops.distillation import distillation_loss, dkd_loss, jsd_loss, kl_loss
+from cl_kernels.ops.distillation import distillation_loss, dkd_loss, jsd_loss, kl_loss, linear_kl_loss
 from cl_kernels.ops.null_space import log_odds_filter, null_space_projector, spectral_projector, symmetric_eigh
 from cl_kernels.ops.orthogonal_qr import extend_basis, orthogonality_penalty, polar, qr
 from cl_kernels.ops.prefix_attention import prefix_attention
@@ -29,6 +29,7 @@ __all__ = [
     "ftp_sgd_step_",
     "jsd_loss",
     "kl_loss",
+    "linear_kl_loss",
     "log_odds_filter",
     "null_space_projector",
     "orthogonality_penalty",

@@ -11,8 +11,9 @@ from torch import Tensor
 from cl_kernels.ops import _checks
 from cl_kernels.ops._registry import define, register_autograd
 from cl_kernels.ops.distillation import arguments, autograd, cuda, native, reference
+from cl_kernels.ops.distillation.chunked import linear_kl_loss
 
-__all__ = ["distillation_loss", "dkd_loss", "jsd_loss", "kl_loss"]
+__all__ = ["distillation_loss", "dkd_loss", "jsd_loss", "kl_loss", "linear_kl_loss"]
 
 
 def _fake_loss(reduction: int, *logits: Tensor) -> Tensor:
