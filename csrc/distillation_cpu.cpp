@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "common/simd.h"
-
 #include "distillation.h"
 
 namespace clk {
