@@ -128,6 +128,7 @@ TABLES = (
             Line("two heads 256x1000 bfloat16", "official", "eager torch"),
             Line("two heads 512x32000 float32", "official", "eager torch"),
             Line("decoupled 256x1000 float32", "official"),
+            Line("linear heads 2048x64", "", "eager torch"),
         ),
         meaning="relative error of loss and gradients, the largest, against float64",
     ),
