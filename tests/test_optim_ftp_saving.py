@@ -169,6 +169,31 @@ def test_a_state_of_torchs_twin_loads_and_goes_back(kind: str) -> None:
 
 
 @kinds
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_a_state_without_master_weights_is_widened(kind: str, saved: torch.dtype) -> None:
+    """torch's own of 16-bit parameters, or a float32 run that goes on in bfloat16: the bound holds for the master."""
+    twins = {"adamw": torch.optim.AdamW, "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)}
+    net = start().to(saved)
+    twin = twins[kind](net.named_parameters())
+    train(net, twin, range(2))
+    net.bfloat16()
+    anchors = {name: p.detach().float() for name, p in net.named_parameters()}
+    optimizer = MAKERS[kind](net.named_parameters(), lr=1e-2)
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    optimizer.load_state_dict(twin.state_dict())
+    optimizer.param_groups[0].update(settings)
+    train(net, optimizer, range(2, 8))
+    for name, radius in optimizer.radii().items():
+        p = dict(net.named_parameters())[name]
+        state = optimizer.state[p]
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert torch.equal(p, state["master"].bfloat16())
+        moved = (state["master"] - anchors[name]).reshape(p.shape[0] if p.ndim > 1 else 1, -1).abs().sum(1)
+        assert float(moved.max()) <= radius * (1 + 1e-5) + 1e-6, name
+    assert max(optimizer.radii().values()) > 1e-3
+
+
+@kinds
 @pytest.mark.parametrize("full_state", [False, True])
 def test_distributed_checkpoints_of_a_fresh_optimizer_move_nothing(kind: str, full_state: bool) -> None:
     """DCP initialises a fresh optimizer by a step with lr 0 and zero gradients. Bit for bit, radii included, and with

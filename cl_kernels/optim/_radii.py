@@ -249,16 +249,21 @@ class RadiusOptimizer(FlooredOptimizer):
         )
 
     def _masters(self, group: dict[str, Any], params: list[Tensor], *moments: str) -> None:
-        """The state of 16-bit parameters in float32, with a float32 copy of the weight that the steps work on."""
+        """The state of 16-bit parameters in float32, with a float32 copy of the weight that the steps work on. A state
+        that came without one, torch's own or a float32 parameter's, is widened."""
         for p in params:
             state = self.state[p]
-            if p.dtype not in HALVES or not group["master_weights"] or state:
+            if p.dtype not in HALVES or not group["master_weights"] or "master" in state:
                 continue
-            wide = [torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format) for _ in moments]
-            master = p.detach().to(torch.float32, copy=True)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_shards.local(p).device)
-            state.update(zip(moments, wide, strict=True))
-            state["master"] = master
+            kept = {key: state[key] for key in moments if state.get(key) is not None}
+            wide = {key: value.float() for key, value in kept.items()}
+            for key in moments:
+                if key not in kept:
+                    wide[key] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
+            if "step" not in state and not kept:
+                wide["step"] = torch.zeros((), dtype=torch.float32, device=_shards.local(p).device)
+            wide["master"] = p.detach().to(torch.float32, copy=True)
+            state.update(wide)
 
     def _opening(self, group: dict[str, Any], params: list[Tensor], bonds: list[Held]) -> None:
         """Say that a first step returns to the anchor what has been trained already."""
