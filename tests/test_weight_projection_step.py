@@ -412,6 +412,7 @@ def test_one_bad_element_spoils_its_row_alone(backend, base, bad, when):
         if t == 0:
             grads[0][2, 5] = bad
         move(p, grads)
+        assert all(buffer.isfinite().all() for buffer in p["anchors"])  # at the floor a spoiled row's c is kept as 0
         for i, r in enumerate(p["radii"]):
             assert r.isfinite().all()
             w, a = p["params"][i], anchors_of(p)[i]
@@ -423,6 +424,28 @@ def test_one_bad_element_spoils_its_row_alone(backend, base, bad, when):
             assert (away <= float(r[wp.GAMMA]) * (1 + 4 * ULP) + w.shape[1] * 2.0**-24 * w[good].abs().max()).all()
         spoiled = p["params"][0][2].isfinite()
         assert spoiled[torch.arange(40) != 5].all()  # elements beside the bad one go on, as under Adam
+
+
+def test_a_row_that_overflows_is_left_as_the_base_step_left_it(backend):
+    """Its norm is infinite: scaled to the radius, the rest of the row would silently be the anchor."""
+    p = start("sgd", shapes=[(6, 40)], lr=10.0, momentum=0.0, nesterov=False, momentum_buffers=None, fixed_radius=0.1)
+    grads = [torch.full((6, 40), 1e-3)]
+    grads[0][2, 5] = 3e38
+    free = copy.deepcopy(p) | {"fixed_radius": math.inf}
+    move(free, grads)
+    move(p, grads)
+    assert p["params"][0][2, 5] == -math.inf
+    assert torch.equal(p["params"][0][2], free["params"][0][2])
+    assert not torch.equal(p["params"][0][1], free["params"][0][1])
+
+
+def test_no_change_keeps_the_sign_of_zero(backend):
+    p = start(lr=0.0, fixed_radius=math.inf)
+    for w in p["params"]:
+        w.view(-1)[::2] = -0.0
+    signs = [w.signbit() for w in p["params"]]
+    move(p, [torch.randn_like(w) for w in p["params"]])
+    assert all(torch.equal(w.signbit(), sign) for w, sign in zip(p["params"], signs, strict=True))
 
 
 def test_no_finite_row_keeps_the_radius(backend):
