@@ -17,7 +17,7 @@ import torch
 
 __all__ = ["ABI", "DTYPE", "build_record", "cuda_built", "load", "why_missing"]
 
-ABI = 2  # csrc/common/abi.h: kAbi
+ABI = 3  # csrc/common/abi.h: kAbi
 DTYPE: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 

@@ -3,5 +3,5 @@
 #pragma once
 
 namespace clk {
-inline constexpr int kAbi = 2;
+inline constexpr int kAbi = 3;
 }
