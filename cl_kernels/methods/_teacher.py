@@ -19,7 +19,7 @@ class Teacher(PoolMethod):
     """Prompts and heads on the larger backbone, trained before its student in every task; it forgets like any other.
 
     Images come as the student wants them: `adapt` turns them into the teacher's. Its pool is keyed by the student's
-    `query` [B, `query_dim`], which is computed once for both.
+    `query` [B, `query_dim`], which is computed once for both. `whole` keeps all rows of the last block.
     """
 
     name: ClassVar[str] = "teacher"
@@ -32,12 +32,14 @@ class Teacher(PoolMethod):
         query: Callable[[Tensor], Tensor],
         query_dim: int,
         adapt: Callable[[Tensor], Tensor],
+        whole: bool,
     ) -> None:
-        self._query, self._query_dim, self._adapt = query, query_dim, adapt
+        self._query, self._query_dim, self._adapt, self._whole = query, query_dim, adapt, whole
         super().__init__(backbone, options)
 
     def _wrap(self, backbone: nn.Module) -> nn.Module:
-        return PooledViT(backbone, self.options.pool(backbone, query_dim=self._query_dim), prune=False)
+        pool = self.options.pool(backbone, query_dim=self._query_dim)
+        return PooledViT(backbone, pool, prune=not self._whole)
 
     def look(self, images: Tensor, query: Tensor | None = None, *, train: bool = False) -> Pooled:
         """What the model makes of a student's images; `query` is the student's, computed here where it is None."""

@@ -161,7 +161,12 @@ class KDP(PoolMethod):
         if compared and its not in (None, mine):
             raise ValueError(f"teacher: distillation='feature' compares rows, of which it has {its}, not {mine}")
         self.teacher = Teacher(
-            backbone, self.options, query=self.model.query, query_dim=self.pool.query_dim, adapt=adapt
+            backbone,
+            self.options,
+            query=self.model.query,
+            query_dim=self.pool.query_dim,
+            adapt=adapt,
+            whole=self.options.distillation == "feature",
         )
         if compared:
             self.projection = nn.Linear(self.heads.dim, self.teacher.heads.dim).to(self._like)
