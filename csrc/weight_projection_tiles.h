@@ -34,6 +34,23 @@ CLK_INLINE double sum_of_lanes(typename Lanes<T>::type& v) {
     return static_cast<double>(x[0]);
 }
 
+template <typename T>
+CLK_INLINE void absolute(typename Lanes<T>::type& v) {
+    v = v < T(0) ? -v : v;
+}
+
+// Adds what is left below a vector to the lanes, through an array: lanes written one by one would live in memory.
+template <typename T, typename F>
+CLK_INLINE void add_rest(typename Lanes<T>::type& lanes, int64_t from, int64_t count, const F& value) {
+    constexpr int kLanes = Lanes<T>::count;
+    if (from >= count) return;
+    T rest[kLanes] = {};
+    for (int j = 0; from < count; ++from, j = (j + 1) % kLanes) rest[j] += value(from);
+    typename Lanes<T>::type v;
+    std::memcpy(&v, rest, sizeof v);
+    lanes += v;
+}
+
 // sum p q
 template <typename T>
 CLK_INLINE double tile_dot(const T* p, const T* q, int64_t count) {
@@ -50,8 +67,8 @@ CLK_INLINE double tile_dot(const T* p, const T* q, int64_t count) {
         even += a * c;
         odd += b * d;
     }
-    for (int j = 0; i < count; ++i, j = (j + 1) % kLanes) even[j] += p[i] * q[i];
     even += odd;
+    add_rest<T>(even, i, count, [&](int64_t k) { return p[k] * q[k]; });
     return sum_of_lanes<T>(even);
 }
 
@@ -66,11 +83,13 @@ CLK_INLINE double tile_length(const T* p, int64_t count) {
         V a, b;
         std::memcpy(&a, p + i, sizeof(V));
         std::memcpy(&b, p + i + kLanes, sizeof(V));
-        even += a < T(0) ? -a : a;
-        odd += b < T(0) ? -b : b;
+        absolute<T>(a);
+        absolute<T>(b);
+        even += a;
+        odd += b;
     }
-    for (int j = 0; i < count; ++i, j = (j + 1) % kLanes) even[j] += p[i] < T(0) ? -p[i] : p[i];
     even += odd;
+    add_rest<T>(even, i, count, [&](int64_t k) { return p[k] < T(0) ? -p[k] : p[k]; });
     return sum_of_lanes<T>(even);
 }
 
@@ -87,11 +106,13 @@ struct BaseNumbers {
 
 enum BaseStep : int { kAdam, kAmsgrad, kMomentum, kPlain, kBaseSteps };
 
-// w <- w - u, c <- w - anchor; moments are updated, as far as the base step has them. Everything is an argument of its
-// own, and the numbers come by value: otherwise GCC 12 does not see that nothing overlaps, and leaves the loop scalar.
+// d <- w - anchor, w <- w - u, c <- w - anchor; moments are updated, as far as the base step has them. Everything is an
+// argument of its own, and the numbers come by value: otherwise GCC 12 does not see that nothing overlaps, and leaves
+// the loop scalar.
 template <typename T, BaseStep base>
 CLK_INLINE void step_body(const BaseNumbers<T> n, T* __restrict w, const T* __restrict g, T* __restrict m,
-                          T* __restrict v, T* __restrict top, const T* __restrict a, T* __restrict c, int64_t count) {
+                          T* __restrict v, T* __restrict top, const T* __restrict a, T* __restrict d, T* __restrict c,
+                          int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         const T x = w[i];
         T u;
@@ -106,9 +127,10 @@ CLK_INLINE void step_body(const BaseNumbers<T> n, T* __restrict w, const T* __re
             u = sgd_update<T, base == kMomentum>(x, g[i], buffer, n.sgd, n.nesterov);
             if constexpr (base == kMomentum) m[i] = buffer;
         }
-        const T y = add_update(x, u, T(1));
+        const T y = add_update(x, u, T(1)), anchor = a[i];
         w[i] = y;
-        c[i] = y - a[i];
+        d[i] = x - anchor;
+        c[i] = y - anchor;
     }
 }
 
@@ -158,7 +180,7 @@ CLK_INLINE void narrow_body(const float* __restrict in, void* memory, int64_t be
 
 template <typename T>
 struct TileOperations {
-    void (*step[kBaseSteps])(BaseNumbers<T>, T*, const T*, T*, T*, T*, const T*, T*, int64_t);
+    void (*step[kBaseSteps])(BaseNumbers<T>, T*, const T*, T*, T*, T*, const T*, T*, T*, int64_t);
     void (*difference)(T*, const T*, const T*, int64_t);
     void (*sums)(bool, const T*, const T*, const T*, int64_t, int64_t, double*);
     void (*rescale)(T*, const T*, T, int64_t);
@@ -172,9 +194,9 @@ struct TileOperations {
     struct NAME {                                                                                                  \
         template <BaseStep base>                                                                                   \
         TARGET static void step(BaseNumbers<T> n, T* __restrict w, const T* __restrict g, T* __restrict m,         \
-                                T* __restrict v, T* __restrict top, const T* __restrict a, T* __restrict c,        \
-                                int64_t count) {                                                                   \
-            step_body<T, base>(n, w, g, m, v, top, a, c, count);                                                   \
+                                T* __restrict v, T* __restrict top, const T* __restrict a, T* __restrict d,        \
+                                T* __restrict c, int64_t count) {                                                  \
+            step_body<T, base>(n, w, g, m, v, top, a, d, c, count);                                                \
         }                                                                                                          \
         TARGET static void difference(T* d, const T* w, const T* a, int64_t count) {                               \
             difference_body(d, w, a, count);                                                                       \
