@@ -1,6 +1,8 @@
-"""Write the tables of docs/methods.md from the results of examples/methods.toml: no number there is typed by hand.
+"""Write the tables of docs/methods.md from the results of examples/methods.toml and distillation.toml: no number there
+is typed by hand.
 
 python scripts/methods_tables.py out/methods/results.json     keeps the numbers and rewrites the tables
+python scripts/methods_tables.py --distillation out/distillation/results.json     the same for the table of kdp
 python scripts/methods_tables.py --check                      changes nothing, exits with 1 if they differ
 """
 
@@ -17,7 +19,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 KEPT = ROOT / "benchmarks" / "results" / "methods.json"
-FIELDS = ("method", "label", "title", "seed", "protocol", "accuracy_matrix", "average_accuracy", "forgetting", "config")
+DISTILLED = ROOT / "benchmarks" / "results" / "distillation.json"
+ALONE = "student alone"
+FIELDS = (
+    "method",
+    "label",
+    "title",
+    "seed",
+    "protocol",
+    "accuracy_matrix",
+    "average_accuracy",
+    "forgetting",
+    "teacher",
+    "config",
+)
 TABLES = {
     "projecting": (
         "sequential (prompts)",
@@ -60,14 +75,33 @@ def table(runs: list[dict[str, Any]], labels: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def filled(text: str, record: dict[str, Any]) -> str:
+def distilled(runs: list[dict[str, Any]]) -> str:
+    """One line for each way of distilling; the gain over the student alone is taken seed by seed."""
+    lines = [
+        "| stream | student learns from | average accuracy (%) | over the student alone (points) | forgetting (points) "
+        "| teacher's accuracy (%) | seeds |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    alone = {(r["title"], r["seed"]): r["average_accuracy"] for r in runs if r["label"] == ALONE}
+    for title, label in dict.fromkeys((run["title"], run["label"]) for run in runs):
+        mine = [run for run in runs if (run["title"], run["label"]) == (title, label)]
+        accuracy, forgetting = (spread([r[key] for r in mine]) for key in ("average_accuracy", "forgetting"))
+        gain = "" if label == ALONE else spread([r["average_accuracy"] - alone[title, r["seed"]] for r in mine])
+        taught = [r["teacher"]["average_accuracy"] for r in mine if r.get("teacher")]
+        teacher = spread(taught) if taught else ""
+        lines.append(f"| {title} | {label} | {accuracy} | {gain} | {forgetting} | {teacher} | {len(mine)} |")
+    return "\n".join(lines)
+
+
+def filled(text: str, record: dict[str, Any], taught: dict[str, Any]) -> str:
     """`text` with every table written anew between its markers."""
-    for name, labels in TABLES.items():
+    tables = {name: table(record["runs"], labels) for name, labels in TABLES.items()}
+    for name, lines in {**tables, "distillation": distilled(taught["runs"])}.items():
         begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
         found = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if len(found.findall(text)) != 1:
             raise SystemExit(f"{PAGE.name}: the markers of the table {name!r} are not there once")
-        fresh = begin + table(record["runs"], labels) + end
+        fresh = begin + lines + end
         text = found.sub(lambda _, fresh=fresh: fresh, text)
     return text
 
@@ -75,14 +109,16 @@ def filled(text: str, record: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--distillation", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    if options.results is not None:
-        record = json.loads(options.results.read_text(encoding="utf-8"))
-        record["runs"] = [{key: run[key] for key in FIELDS if key in run} for run in record["runs"]]
-        KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for given, kept in ((options.results, KEPT), (options.distillation, DISTILLED)):
+        if given is not None:
+            record = json.loads(given.read_text(encoding="utf-8"))
+            record["runs"] = [{key: run[key] for key in FIELDS if key in run} for run in record["runs"]]
+            kept.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
-    fresh = filled(text, json.loads(KEPT.read_text(encoding="utf-8")))
+    fresh = filled(text, *(json.loads(kept.read_text(encoding="utf-8")) for kept in (KEPT, DISTILLED)))
     if fresh == text:
         return 0
     if options.check:
