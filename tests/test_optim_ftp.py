@@ -29,11 +29,15 @@ from typing import Any
 
 import pytest
 import torch
+from continual_tiny import one_thread
 from official_ftp import Base, Recurrence, Tiny, adamw, batch, gradients, rows, sgd
 from torch import Tensor, nn
 
 from cl_kernels.ops.weight_projection import FIRST, FLOORED, GAMMA, LARGEST, SECOND
 from cl_kernels.optim import FTPSGD, FTPAdamW
+
+# Two threads sum the tiny net's gradients in another order, and a radius that ends 7e-6 above its floor then ends at it.
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 TESTS = Path(__file__).parent
 SGD_FLAGS = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
