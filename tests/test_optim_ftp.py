@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from cl_kernels.ops.weight_projection import FIRST, FLOORED, GAMMA, LARGEST, SECOND
 from cl_kernels.optim import FTPSGD, FTPAdamW
 
-# Two threads sum the tiny net's gradients in another order, and a radius that ends 7e-6 above its floor then ends at it.
+# Two threads sum the tiny net's gradients in another order: a radius 7e-6 above its floor then ends at it.
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 TESTS = Path(__file__).parent
