@@ -24,9 +24,11 @@ BELOW: dict[str, set[str]] = {
     "nn": {"ops", "subspace"},
     "integrations": {"ops", "subspace", "optim", "nn"},
     "data": set(),
+    "pages": set(),
     "methods": {"ops", "subspace", "optim", "nn", "integrations"},
     "continual": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data"},
-    "cli": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data", "continual"},
+    "compare": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data", "continual", "pages"},
+    "cli": {"ops", "subspace", "optim", "nn", "integrations", "methods", "data", "continual", "compare", "pages"},
 }
 OPS_SHARED = {"_registry", "_native", "_checks", "_precision", "_tuning", "_triton", "_projector", "rules"}
 TRITON_FILES = {"kernels.py", "_triton.py"}  # loaded when a kernel is first asked for

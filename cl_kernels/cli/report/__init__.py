@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cl_kernels import pages
 from cl_kernels._version import __version__
 from cl_kernels.continual.checkpoint import write_atomically
 from cl_kernels.errors import BackendUnavailableError
@@ -38,21 +38,13 @@ def render(results: Sequence[Result], *, title: str | None = None, plot: bool | 
     """The page as text; arguments as for `write_report`."""
     if not results:
         raise ValueError("results must hold at least one run, got none")
-    if importlib.util.find_spec("jinja2") is None:
-        raise BackendUnavailableError(
-            'the report needs jinja2, which torch brings along: pip install "cl-kernels[cli]"'
-        )
     if plot and not charts.available():
         raise BackendUnavailableError('charts need matplotlib, which is not installed: pip install "cl-kernels[plot]"')
-    import jinja2
-
     draw = charts.available() if plot is None else plot
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     found = sections(results)
-    return environment.get_template("page.html.jinja").render(
+    return pages.render(
+        Path(__file__).parent,
+        "page.html.jinja",
         title=title or view.title(found),
         runs=len(results),
         version=__version__,

@@ -1,0 +1,51 @@
+"""What the self-contained pages share: the frame, the style, the colours of series, and the rendering.
+
+`train`'s report and `compare`'s report are templates that extend `frame.html.jinja`. A page loads nothing: no script
+but its own, allowed by its hash, no font, no file beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from cl_kernels.errors import BackendUnavailableError
+
+__all__ = ["DARK", "LIGHT", "MARKERS", "TEMPLATES", "render", "script_hash"]
+
+TEMPLATES = Path(__file__).parent
+
+# One colour a series, for the light and for the dark page: Okabe and Ito's hues, darkened or lightened until each has
+# at least 3:1 against its page (WCAG 1.4.11; as published, three of them have 2.2 to 2.9 on white). Hues that the
+# common colour blindnesses confuse differ in lightness; markers repeat the distinction without colour.
+LIGHT = ("#0067ad", "#c34700", "#00785a", "#a8447f", "#7d5c00", "#5a6068", "#2585bd", "#6a42b5")
+DARK = ("#5ab0f0", "#f2853a", "#3ecfa0", "#f0a3d3", "#e9bd3f", "#aab2bc", "#9bdcff", "#b79cf2")
+MARKERS = ("circle", "square", "triangle", "diamond", "wedge", "plus", "cross", "hexagon")
+
+
+def render(folder: Path, template: str, /, *, autoescape: bool = True, script: str = "", **values: Any) -> str:
+    """`template` of `folder` as text; it may extend or include what lies in `TEMPLATES`.
+
+    Every value is escaped unless the template says otherwise, and a name the template uses and `values` lacks raises.
+    `script` is the page's only script; the frame allows it by its hash. Raises BackendUnavailableError without jinja2.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise BackendUnavailableError(
+            'the report needs jinja2, which torch brings along: pip install "cl-kernels[cli]"'
+        )
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, TEMPLATES]), autoescape=autoescape, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    allowed = script_hash(script) if script else ""
+    return environment.get_template(template).render(script=script, script_hash=allowed, **values)
+
+
+def script_hash(script: str) -> str:
+    """The source expression by which a content security policy allows exactly this script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
