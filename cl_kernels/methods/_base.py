@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cl_kernels.methods._features import FrozenFeatures, feature_dim
+from cl_kernels.methods._groups import matrices_apart
 from cl_kernels.methods._heads import Heads, class_means
 from cl_kernels.methods._options import Options
 from cl_kernels.methods._schedule import multipliers
@@ -63,6 +64,14 @@ class HeadMethod:
     def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """An optimizer of the method's kind. `groups`: body, then heads, each with named parameters and its own lr."""
         return torch.optim.Adam(groups, betas=self.options.betas, eps=self.options.eps, foreach=True)
+
+    def _body_groups(self, body: list[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+        """The optimizer's groups for the body, the highest learning rate first."""
+        return [{"params": body, "lr": lr, "weight_decay": self._weight_decay()}] if body else []
+
+    def _undecayed(self) -> set[str]:
+        """Parameters of the body that `decay="matrices"` leaves out, besides vectors."""
+        return set()
 
     def _build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimizer of one task, with all that the method binds to it."""
@@ -277,6 +286,8 @@ class HeadMethod:
                 head.init_default()
             elif self.options.head_init == "official":
                 head.init_official(task, heads.head(0))
+            elif self.options.head_init == "kaiming":
+                head.init_kaiming()
             elif self.options.head_init == "class-means":
                 pairs = ((features(images), labels) for images, labels in batches())
                 head.init_class_means(class_means(pairs, heads, index, self.device))
@@ -299,11 +310,12 @@ class HeadMethod:
             parameter.requires_grad_(False)
         for _, parameter in [*body, *heads]:
             parameter.requires_grad_(True)
-        groups: list[dict[str, Any]] = [{"params": heads, "lr": head_lr, "weight_decay": self._head_weight_decay()}]
-        if body:
-            groups.insert(0, {"params": body, "lr": lr * self._body_scale(), "weight_decay": self._weight_decay()})
+        groups = self._body_groups(body, lr * self._body_scale())
+        groups.append({"params": heads, "lr": head_lr, "weight_decay": self._head_weight_decay()})
+        if self.options.decay == "matrices":
+            groups = matrices_apart(groups, self._undecayed())
         self.optimizer = self._build_optimizer(groups)
-        factors = multipliers(self.options.schedule, self.tasks[-1].epochs)
+        factors = multipliers(self.options.schedule, self.tasks[-1].epochs, self.options.warmup)
         self.scheduler = LambdaLR(self.optimizer, lambda epoch: factors[min(epoch, len(factors) - 1)])
 
 

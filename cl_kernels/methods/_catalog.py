@@ -33,6 +33,7 @@ from cl_kernels.methods.null_space import NullSpace
 from cl_kernels.methods.sequential import Sequential
 from cl_kernels.methods.spd import SPD
 from cl_kernels.methods.tpgm import TPGMMethod
+from cl_kernels.methods.vpt import VPTDeep, VPTShallow
 from cl_kernels.methods.wise_ft import WiSEFT
 
 __all__ = ["check", "create", "names", "options", "published"]
@@ -43,6 +44,8 @@ _METHODS: dict[str, tuple[Factory, type[Options]]] = {
     "class-mean": (ClassMean, ClassMean.options_type),
     "linear": (Linear, Linear.options_type),
     "sequential": (Sequential, Sequential.options_type),
+    "vpt-shallow": (VPTShallow, VPTShallow.options_type),
+    "vpt-deep": (VPTDeep, VPTDeep.options_type),
     "matched-lr": (create_matched, MatchedOptions),
     "nsp2": (NSP2, NSP2.options_type),
     "nsp2-exact": (NSP2Exact, NSP2Exact.options_type),
@@ -89,7 +92,18 @@ _LORAC_RECIPE = {  # augmented ViT-B/16 of ImageNet-21k; without the official co
 }
 _POOL_RECIPE = {"lr": 1e-3, "head_lr": None, "schedule": "quarter-cosine", "head": "linear", "head_init": "default"}
 _FINE_TUNING_RECIPE = {"targets": "all", "head_lr": None, "head": "linear", "head_init": "default"}
+_VPT_RECIPE = {  # 100 epochs, batches of 64, the learning rate picked from 0.0125 to 12.5 for each task
+    "optimizer": "sgd",
+    "lr": 1.25,
+    "head_lr": None,
+    "weight_decay": 1e-3,
+    "schedule": "warmup-cosine",
+    "head": "linear",
+    "head_init": "kaiming",
+}
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    "vpt-shallow": _VPT_RECIPE,
+    "vpt-deep": _VPT_RECIPE,
     "sequential": _NSP2_RECIPE,
     "matched-lr": _NSP2_RECIPE,
     "nsp2": _NSP2_RECIPE,

@@ -13,7 +13,7 @@ from cl_kernels.methods._task import Batches
 __all__ = ["HEADS", "HEAD_INITS", "ClassMeans", "Head", "Heads"]
 
 HEADS = ("cosine", "linear")
-HEAD_INITS = ("class-means", "default", "official", "zeros")
+HEAD_INITS = ("class-means", "default", "kaiming", "official", "zeros")
 
 
 class Head(nn.Module):
@@ -40,6 +40,12 @@ class Head(nn.Module):
         self.weight.uniform_(-bound, bound)
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def init_kaiming(self) -> None:
+        """The head of VPT (Jia et al. 2022): normal of variance 2 / classes. Its constant bias of -4.595 is left at 0:
+        a softmax does not see what all logits share."""
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     @torch.no_grad()
     def init_official(self, task: int, first: Head) -> None:

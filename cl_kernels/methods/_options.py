@@ -30,7 +30,8 @@ class Options:
     * head_init: "class-means" starts as the nearest class mean, "default" with torch's law for linear layers,
       "official" as NSP2's code (method-null-space.md T6), "zeros".
     * temperature: logits are divided by it, in the loss only.
-    * schedule: of the learning rate, see `multipliers`.
+    * schedule: of the learning rate, see `multipliers`; warmup: share of the epochs in which "warmup-cosine" climbs.
+    * decay: what weight_decay applies to: "all", or "matrices": not norm scales, biases and what else timm leaves out.
     """
 
     lr: float | None = None
@@ -43,6 +44,8 @@ class Options:
     head_init: str = "class-means"
     temperature: float = 1.0
     schedule: str = "constant"
+    warmup: float = 0.1
+    decay: str = "all"
 
     def __post_init__(self) -> None:
         for name in ("lr", "head_lr", "weight_decay"):
@@ -51,6 +54,8 @@ class Options:
         require("head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
         require("head_init", self.head_init in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}", self.head_init)
         require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}", self.schedule)
+        require("warmup", number(self.warmup, 0.0, 0.9), "a number in [0, 0.9]", self.warmup)
+        require("decay", self.decay in ("all", "matrices"), "all or matrices", self.decay)
         require("temperature", number(self.temperature, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.temperature)
         require("head_scale", number(self.head_scale, 1e-6, 1e6), "a number in [1e-6, 1e6]", self.head_scale)
         require("eps", number(self.eps, 0.0, 1.0), "a number in [0, 1]", self.eps)

@@ -1,4 +1,4 @@
-"""Learning rate multipliers, one per epoch."""
+"""Learning rate multipliers, one per epoch (or per step, where a task says how many steps it has)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 
 __all__ = ["SCHEDULES", "multipliers"]
 
-SCHEDULES = ("constant", "cosine", "steps", "steps-official", "halves", "quarter-cosine")
+SCHEDULES = ("constant", "cosine", "warmup-cosine", "steps", "steps-official", "halves", "quarter-cosine")
+FLOOR = 1e-3  # where "warmup-cosine" ends, as a share of its top
 
 
-def multipliers(schedule: str, epochs: int) -> list[float]:
+def multipliers(schedule: str, epochs: int, warmup: float = 0.1) -> list[float]:
     """The factor on the learning rate in each of `epochs` epochs.
 
-    "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
+    "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "warmup-cosine": climbs by (e + 1) / (W + 1) in the first
+    W = round(warmup E) epochs, so that the first is not spent at rate 0 (the trap of the official VPT code), is 1 in
+    epoch W and falls by half a cosine to 0.001 in the last. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
     "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten epochs
     split 4/3/3 (method-null-space.md T4). "halves": x 0.5 at 3/8 and again at 3/4 (Adam-NSCL: epochs 30 and 60 of 80).
     "quarter-cosine": cos(99 pi e / (200 (E - 1))), from 1 to 0.0157 (CODA-Prompt; its code repeats the first factor and
@@ -21,6 +24,12 @@ def multipliers(schedule: str, epochs: int) -> list[float]:
         return [1.0] * epochs
     if schedule == "cosine":
         return [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
+    if schedule == "warmup-cosine":
+        rising = min(round(warmup * epochs), epochs - 1)
+        falling = max(epochs - 1 - rising, 1)
+        climb = [(epoch + 1) / (rising + 1) for epoch in range(rising)]
+        waves = [0.5 * (1 + math.cos(math.pi * epoch / falling)) for epoch in range(epochs - rising)]
+        return climb + [FLOOR + (1 - FLOOR) * wave for wave in waves]
     if schedule == "quarter-cosine":
         return [math.cos(0.495 * math.pi * epoch / max(epochs - 1, 1)) for epoch in range(epochs)]
     if schedule not in SCHEDULES:

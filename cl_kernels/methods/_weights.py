@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from cl_kernels.methods._base import HeadMethod
 from cl_kernels.methods._features import FrozenFeatures
-from cl_kernels.methods._options import Options, require
+from cl_kernels.methods._groups import by_layer
+from cl_kernels.methods._options import Options, number, require
 from cl_kernels.optim import ProjectedAdamW
 
 __all__ = ["LINEAR_TARGETS", "WeightMethod", "WeightOptions"]
@@ -23,16 +24,20 @@ LINEAR_TARGETS = ("blocks", "attention", "mlp")
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions(Options):
     """targets: "blocks" trains every linear weight inside the transformer blocks; "attention" and "mlp" a part of
-    them; "all" everything that makes the feature, with biases, norms and embeddings."""
+    them; "all" everything that makes the feature, with biases, norms and embeddings. layer_decay: the learning rate of
+    block l of L is lr * layer_decay^(L - l), of the embeddings lr * layer_decay^(L + 1); 1 is the same for all."""
 
     allowed_targets: ClassVar[tuple[str, ...]] = (*LINEAR_TARGETS, "all")
     targets: str = "blocks"
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         allowed = self.allowed_targets
         wanted = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
         require("targets", self.targets in allowed, wanted, self.targets)
+        fits = number(self.layer_decay, 1e-6, 1.0)
+        require("layer_decay", fits, "a number in (0, 1]", self.layer_decay)
 
 
 class TrainedFeatures(FrozenFeatures):
@@ -64,6 +69,14 @@ class WeightMethod(HeadMethod):
 
     def _body(self) -> list[tuple[str, nn.Parameter]]:
         return self._weights
+
+    def _body_groups(self, body: list[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+        if self.options.layer_decay == 1.0:
+            return super()._body_groups(body, lr)
+        return by_layer(body, lr, self._weight_decay(), self.options.layer_decay)
+
+    def _undecayed(self) -> set[str]:
+        return set(getattr(self.backbone, "no_weight_decay", set)())
 
     def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         return ProjectedAdamW(groups, betas=self.options.betas, eps=self.options.eps)

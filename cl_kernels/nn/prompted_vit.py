@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +33,8 @@ class PromptedViT(nn.Module):
     is "append" (after the image tokens) or "prepend"; they differ by rounding only. Deep appended prompts are a prefix
     of the attention (`ops.prefix_attention`); "prefix" says so and is the same. `init` is "uniform" (-1, 1) as in
     NSP2, "vpt" for U(-v, v) with v = sqrt(6 / (3 patch^2 + D)), or a bound v. Parameters are ``prompts.<block>``,
-    [1, M, D], in the backbone's dtype and on its device.
+    [1, M, D], in the backbone's dtype and on its device. `dropout` zeroes entries of the prompts (and scales up the
+    rest) in training mode, by one mask an image, drawn by the attribute `generator` (None: torch's own state).
 
     Raises `ValueError` for a model, depth or placement that is not supported. Cost: a deep block forms N (N + M)
     attention scores a head instead of N^2, and projects M rows to q, k, v once a batch.
@@ -46,9 +48,12 @@ class PromptedViT(nn.Module):
         placement: str = "append",
         *,
         init: str | float = "uniform",
+        dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
         backbone: Any = timm_model
         indices = check_options(backbone, prompts, depth, placement)
         bound = init_bound(init, backbone)  # the last check: a wrong call leaves the model as it was
@@ -61,6 +66,8 @@ class PromptedViT(nn.Module):
         like = backbone.blocks[0].norm1.weight if hasattr(backbone.blocks[0], "norm1") else next(backbone.parameters())
         shape = (1, prompts, int(backbone.embed_dim))
         self.prompts = Prompts({i: uniform(shape, bound, generator).to(like) for i in indices if prompts})
+        self.dropout = float(dropout)
+        self.generator: torch.Generator | None = None  # of dropout masks, on the prompts' device
         self._observers: list[Observer] = []
 
     @property
@@ -82,7 +89,11 @@ class PromptedViT(nn.Module):
         recompute = bool(getattr(backbone, "grad_checkpointing", False)) and torch.is_grad_enabled()
         run = self._run_shallow if self.shallow else self._run_deep
         for index, block in enumerate(backbone.blocks):
-            x = checkpoint(run, index, block, x, use_reentrant=False) if recompute else run(index, block, x)
+            prompt = self._prompt(index, len(x)) if index in self.prompts else None
+            if recompute:
+                x = checkpoint(run, index, block, x, prompt, use_reentrant=False)
+            else:
+                x = run(index, block, x, prompt)
         if self.shallow and self.num_prompts:
             x = x[:, : -self.num_prompts] if self.placement == "append" else x[:, self.num_prompts :]
         features: Tensor = backbone.forward_head(backbone.norm(x), pre_logits=True)
@@ -142,17 +153,37 @@ class PromptedViT(nn.Module):
             raise ValueError(f"index: block {index} has no prompts; prompted blocks are {list(self.prompted_blocks)}")
         return self.backbone.blocks[index]
 
-    def _run_deep(self, index: int, block: Any, x: Tensor) -> Tensor:
+    def _prompt(self, index: int, batch: int) -> Tensor:
+        """The prompts of block `index`: [1, M, D], or [batch, M, D] where dropout is on. Not drawn inside of what
+        activation checkpointing runs twice."""
+        prompt: Tensor = self.prompts[index]
+        if not (self.training and self.dropout):
+            return prompt
+        expanded = prompt.expand(batch, *prompt.shape[1:])
+        if self.generator is None:
+            return F.dropout(expanded, self.dropout, training=True)
+        kept = torch.empty(expanded.shape, dtype=prompt.dtype, device=prompt.device)
+        kept.bernoulli_(1 - self.dropout, generator=self.generator)
+        return expanded * kept.div_(1 - self.dropout)
+
+    def _run_deep(self, index: int, block: Any, x: Tensor, prompt: Tensor | None) -> Tensor:
         """One block; prompts add keys and values, and no query."""
-        if index not in self.prompts:
+        if prompt is None:
             out: Tensor = block(x)
             return out
         tokens = block.norm1(x)
         q, k, v = _attention.project(block.attn, tokens)
-        _, prompt_k, prompt_v = _attention.project(block.attn, block.norm1(self.prompts[index]))
+        prompt_k, prompt_v = self._project(block, prompt)
         mixed = self._attend(index, q, k, v, prompt_k, prompt_v, float(block.attn.scale))
         x = x + block.drop_path1(block.ls1(_attention.finish(block.attn, mixed, tokens)))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]  # timm is untyped
+
+    def _project(self, block: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompts. Where each image has its own, their queries would cost half as much again."""
+        rows = block.norm1(prompt)
+        if len(rows) == 1:
+            return _attention.project(block.attn, rows)[1:]
+        return _attention.project_some(block.attn, rows[:, :0], rows)[1:]
 
     def _attend(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
@@ -167,10 +198,9 @@ class PromptedViT(nn.Module):
         self._tell(index, q.detach(), mass)
         return mixed
 
-    def _run_shallow(self, index: int, block: Any, x: Tensor) -> Tensor:
+    def _run_shallow(self, index: int, block: Any, x: Tensor, prompt: Tensor | None) -> Tensor:
         """One block of all rows; at block 0 the prompts join them."""
-        if index in self.prompts:
-            prompt = self.prompts[index]
+        if prompt is not None:
             if self._observers:
                 self._observe_first(index, block, x, prompt)
             x = self._join(x, prompt, dim=1)
