@@ -1,1 +1,1 @@
-"""Prompts or full fine-tuning? The evidence for one's own images and backbone, and a decision that may be "too close"."""
+"""Prompts or full fine-tuning? Evidence from one's own images and backbone, and a decision that may be "too close"."""
