@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cl_kernels.continual import checkpoint
 
-__all__ = ["CHECKPOINT", "claimed"]
+__all__ = ["CHECKPOINT", "claimed", "locked"]
 
 logger = logging.getLogger("cl_kernels")
 
@@ -28,7 +28,7 @@ def claimed(out: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     if last.exists() and not (resume or overwrite):
         raise FileExistsError(f"out: {out} holds a run already; resume it, overwrite it, or choose another directory")
     checkpoint.probe(out)
-    with _locked(out):
+    with locked(out):
         checkpoint.probe(last.parent)
         if overwrite and not resume:
             for path in (last, *(out / name for name in _WRITTEN)):
@@ -37,7 +37,7 @@ def claimed(out: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """An flock on the directory itself: no file to leave behind, and gone with the process, killed or not.
 
     Without flock (Windows, some network file systems) there is no lock.
