@@ -15,15 +15,10 @@ import json
 import sys
 import tomllib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-import demo  # noqa: E402 - its worker processes are these; found through the line above
-
 SEEDS = (100, 101)
 RATES = (1e-4, 3e-4, 1e-3)
 #: The second setting that is tried at each learning rate; more learning rates where a method has none.
@@ -37,11 +32,12 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def score(method: str, trial: dict[str, Any], seed: int) -> float:
-    """Accuracy on the held-out quarter after training on the rest."""
+def score(job: tuple[str, dict[str, Any], int]) -> float:
+    """Accuracy on the held-out quarter after training on the rest, of a method, a trial and a seed."""
     from cl_kernels import continual, data
     from cl_kernels.data.sets import stratified_split
 
+    method, trial, seed = job
     with open(HERE / "robust.toml", "rb") as file:
         shared = tomllib.load(file)["run"]
     config = continual.RunConfig(method, **{**shared, "eval_shift": False, "seed": seed, "threads": 1, **trial})
@@ -57,13 +53,18 @@ def choose(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
+    from cl_kernels.continual import workers
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/robust_tuning.json"))
-    parser.add_argument("--jobs", type=int, default=demo._cores())
+    parser.add_argument("--jobs", type=int, default=workers.cores())
     arguments = parser.parse_args()
     jobs = [(method, trial, seed) for method, trials in TRIALS.items() for trial in trials for seed in SEEDS]
-    with ProcessPoolExecutor(arguments.jobs, initializer=demo._start_worker) as pool:
-        scores = list(pool.map(score, *zip(*jobs, strict=True)))
+    outcomes = dict(workers.outcomes(score, jobs, arguments.jobs))
+    failed = [f"{jobs[index]}: {outcome}" for index, outcome in outcomes.items() if isinstance(outcome, str)]
+    if failed:
+        raise SystemExit("\n".join(failed))
+    scores = [outcomes[index] for index in range(len(jobs))]
     found: dict[str, Any] = {}
     for method, trials in TRIALS.items():
         mine = [s for job, s in zip(jobs, scores, strict=True) if job[0] == method]

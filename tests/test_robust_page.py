@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cl_kernels import continual, data, methods
+from cl_kernels.continual import study
 from cl_kernels.data import corruptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def test_tables_are_those_of_the_files() -> None:
 
 
 def test_the_kept_runs_are_those_of_the_settings() -> None:
-    jobs = load("examples/demo.py").plan(ROOT / "examples" / "robust.toml", len(SEEDS), Path("out"), quick=False)
+    jobs = study.load_plan(ROOT / "examples" / "robust.toml", "out", seeds=len(SEEDS)).jobs
     assert KEPT["quick"] is False
     assert len(jobs) == len(RUNS)
     kept = {(run["title"], run["label"], run["seed"]): run["config"] for run in RUNS}
@@ -99,7 +100,7 @@ def test_a_trial_trains_on_most_images_and_sees_no_test_image(monkeypatch: pytes
         return {"average_accuracy": 0.5}
 
     monkeypatch.setattr(continual, "run", run)
-    assert load("examples/robust_tuning.py").score("full", {"lr": 0.5}, 100) == 0.5
+    assert load("examples/robust_tuning.py").score(("full", {"lr": 0.5}, 100)) == 0.5
     ((config, parts),) = given
     assert (config.lr, config.seed, config.eval_shift, config.epochs) == (0.5, 100, False, 4)
     whole = data.load("digits", image_size=32).train

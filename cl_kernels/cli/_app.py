@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cl_kernels.cli import _errors, doctor, inspection, train
+from cl_kernels.cli import _errors, doctor, inspection, study, train
 
 if TYPE_CHECKING:
     import typer
@@ -35,6 +35,7 @@ def build() -> "typer.Typer":
             raise typer.Exit(_errors.BAD_USAGE)
 
     train.register(app)
+    study.register(app)
     doctor.register(app)
     inspection.register(app)
     return app

@@ -35,7 +35,7 @@ def code(error: BaseException) -> int:
 def sentence(error: BaseException) -> str:
     """The error as one line."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; `cl-kernels train ... --resume` continues a run from its last checkpoint"
+        return "interrupted; the same command (train and compare: with --resume) goes on from the last checkpoint"
     if hasattr(error, "format_message"):  # click's, whichever copy of click typer brings
         return _one_line(str(error.format_message()))
     if isinstance(error, OSError) and error.strerror:

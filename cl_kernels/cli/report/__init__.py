@@ -18,23 +18,31 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(
-    results: Sequence[Result], path: str | os.PathLike[str], *, title: str | None = None, plot: bool | None = None
+    results: Sequence[Result],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    plot: bool | None = None,
+    against: str | None = None,
 ) -> Path:
     """Write the page atomically and return its path.
 
     `results` are objects as in results.json: `method`, `seed`, `accuracy_matrix`, `average_accuracy`, `forgetting`, and
-    what else a run recorded. `plot` None draws charts where matplotlib is installed, True requires it, False has none.
+    what else a run recorded. `against` is the label of the row that the others are compared with. `plot` None draws
+    charts where matplotlib is installed, True requires it, False has none.
     Raises CheckpointError for a result without the fields above, BackendUnavailableError without jinja2 or, under
     `plot=True`, without matplotlib; OSError if the folder cannot be written. Cost: about 0.1 s a chart.
     """
     target = Path(path)
-    page = render(results, title=title, plot=plot)
+    page = render(results, title=title, plot=plot, against=against)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page.encode())
     return target
 
 
-def render(results: Sequence[Result], *, title: str | None = None, plot: bool | None = None) -> str:
+def render(
+    results: Sequence[Result], *, title: str | None = None, plot: bool | None = None, against: str | None = None
+) -> str:
     """The page as text; arguments as for `write_report`."""
     if not results:
         raise ValueError("results must hold at least one run, got none")
@@ -50,6 +58,6 @@ def render(results: Sequence[Result], *, title: str | None = None, plot: bool | 
         version=__version__,
         charts=draw,
         quick=any((result.get("config") or {}).get("quick") for result in results),
-        sections=[view.section(s, f"s{i}", draw=draw) for i, s in enumerate(found)],
+        sections=[view.section(s, f"s{i}", draw=draw, against=against) for i, s in enumerate(found)],
         settings=view.settings(found),
     )

@@ -77,6 +77,32 @@ def curves(
     return _svg(figure, key, alt)
 
 
+def scatter(
+    points: Mapping[str, tuple[Spread, Spread]], *, xlabel: str, ylabel: str, alt: str, key: str, percent: bool = True
+) -> str:
+    """One point a method at its means, with bars of one standard deviation over seeds; x is logarithmic."""
+    figure, axes = _figure(6.8, 3.9)
+    scale = 100.0 if percent else 1.0
+    for index, (label, (x, y)) in enumerate(points.items()):
+        axes.errorbar(
+            [x.mean], [y.mean * scale], xerr=[x.deviation or 0.0], yerr=[(y.deviation or 0.0) * scale], label=label,
+            color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], markersize=6, linewidth=1.2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(color=_INK, alpha=0.15, linewidth=0.8)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, handlelength=1.2)
+    return _svg(figure, key, alt)
+
+
+def standalone(svg: str, *, ink: str = "#222222") -> str:
+    """An inline chart as a file of its own: with its namespace, on white, and its text in one colour."""
+    names = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    body = svg.replace("<svg ", names, 1).replace('style="', f'style="background: #ffffff; color: {ink}; ', 1)
+    return body + "\n"
+
+
 def heat_map(
     matrix: Matrix, *, alt: str, key: str, rows: Sequence[str], columns: Sequence[str], xlabel: str, ylabel: str,
     labels: Sequence[Sequence[str]] | None = None, low: float = 0.0, high: float = 1.0,

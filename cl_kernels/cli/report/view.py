@@ -11,6 +11,7 @@ from .distillation import teachers
 from .prompts import prompt_usage
 from .shift import corrupted
 from .summary import Group, Measure, Result, Section, accuracy_curve, forgetting_curve
+from .versus import costs, versus
 
 
 def title(found: Sequence[Section]) -> str:
@@ -19,14 +20,17 @@ def title(found: Sequence[Section]) -> str:
     return f"{who} on {found[0].title if len(found) == 1 else f'{len(found)} streams'}"
 
 
-def section(found: Section, key: str, *, draw: bool) -> dict[str, Any]:
-    """Everything the template shows of one stream; `key` makes its ids unique on the page."""
+def section(found: Section, key: str, *, draw: bool, against: str | None = None) -> dict[str, Any]:
+    """Everything the template shows of one stream; `key` makes its ids unique on the page,
+    `against` is the label of the method that the others are compared with."""
     measures = found.measures()
     return {
         "key": key,
         "title": found.title,
         "measures": measures,
         "rows": _rows(found, measures),
+        "versus": versus(found, against),
+        "cost": costs(found, key) if draw and against is not None else None,
         "curves": _curves(found, key) if draw and found.groups[0].tasks > 1 else [],
         "maps": [_map(g, f"{key}-m{i}") for i, g in enumerate(found.groups)] if draw else [],
         "matrices": [_matrix(g) for g in found.groups],
