@@ -213,8 +213,9 @@ def arguments(folder: Path, out: str, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def script() -> Iterator[ModuleType]:
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module; it sets torch's threads, which are put back."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("pretrain_backbone", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

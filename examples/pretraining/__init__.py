@@ -1,0 +1,1 @@
+"""The parts of ``examples/pretrain_backbone.py``: the training run, and what each kind of shard needs."""
