@@ -124,8 +124,8 @@ def class_mean(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     values, local = torch.unique(labels, return_inverse=True)
     sums = torch.zeros(len(values), train.shape[1], dtype=torch.float64)
     sums.index_add_(0, local, F.normalize(train.double(), dim=1))
-    nearest: Tensor = (test.double() @ F.normalize(sums, dim=1).T).argmax(dim=1)
-    return values[nearest]
+    chosen: Tensor = values[(test.double() @ F.normalize(sums, dim=1).T).argmax(dim=1)]
+    return chosen
 
 
 def _out_of_fold(predict: Predictor, features: Tensor, labels: Tensor, numbers: Tensor, folds: range) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cl_kernels.data.sets import ImageData, ImageSet, TensorImages, stratified_split
+from cl_kernels.data.sets import ImageData, ImageSet, TensorImages, held_out, stratified_split
 
 __all__ = ["load_digits"]
 
@@ -30,4 +30,5 @@ def load_digits(*, split_seed: int = 0, image_size: int | None = None) -> ImageD
         train=ImageSet(images, labels[train], train, image_size=image_size),
         test=ImageSet(images, labels[test], test, image_size=image_size),
         class_names=[str(name) for name in sheet.target_names],
+        test_from=held_out(TEST_SHARE, split_seed),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels.data.pictures import BrokenImageError, from_pillow
-from cl_kernels.data.sets import ImageData, ImageSet, stratified_split
+from cl_kernels.data.sets import ImageData, ImageSet, held_out, stratified_split
 
 __all__ = ["load_hugging_face", "load_torchvision"]
 
@@ -153,10 +153,12 @@ def load_hugging_face(
         rows, broken = _usable(images, strict)
         skipped += broken
         sets.append(ImageSet(images, torch.as_tensor(part[label])[rows], rows, image_size=image_size))
+    came = ImageData.test_from
     if len(sets) == 1:
+        came = held_out(TEST_SHARE, split_seed)
         kept, test = stratified_split(sets[0].labels, TEST_SHARE, split_seed)
         sets = [sets[0].subset(kept), sets[0].subset(test)]
-    return ImageData(path.name, sets[0], sets[1], _checked(names, text), skipped)
+    return ImageData(path.name, sets[0], sets[1], _checked(names, text), skipped, came)
 
 
 def _columns(data: Any, text: str) -> tuple[str, str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cl_kernels.data.pictures import BrokenImageError, read_picture
+from cl_kernels.data.pictures import BrokenImageError, picture_size, read_picture
 from cl_kernels.data.preprocess import cover
-from cl_kernels.data.sets import MAX_BYTES, ImageData, Images, ImageSet, TensorImages, stratified_split
+from cl_kernels.data.sets import MAX_BYTES, ImageData, Images, ImageSet, held_out, stratified_split
 
 __all__ = ["load_folder"]
 
@@ -21,16 +21,22 @@ TEST_SHARE = 0.25
 
 
 class FileImages:
-    """Pictures decoded from their files at every read."""
+    """Pictures decoded from their files at every read, or held in ``kept`` [N, C, H, W] at their final size."""
 
-    def __init__(self, paths: list[Path], image_size: int | None) -> None:
+    def __init__(self, paths: list[Path], image_size: int | None, kept: Tensor | None = None) -> None:
         self.paths = paths
         self.image_size = image_size
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def size(self, index: int) -> tuple[int, int]:
+        return picture_size(self.paths[index])
+
     def read(self, index: int) -> Tensor:
+        if self.kept is not None:
+            return self.kept[index]
         return read_picture(self.paths[index], at_least=self.image_size)
 
 
@@ -59,7 +65,7 @@ def load_folder(root: Path, *, split_seed: int = 0, strict: bool = False, image_
         rows, held = _split(train, names, train_root, split_seed)
         train_set = ImageSet(train.images, train.labels[rows], rows, image_size=image_size)
         test_set = ImageSet(train.images, train.labels[held], held, image_size=image_size)
-        return ImageData(root.name, train_set, test_set, names, len(train.skipped))
+        return ImageData(root.name, train_set, test_set, names, len(train.skipped), held_out(TEST_SHARE, split_seed))
     unknown = sorted(set(_class_names(test_root)) - set(names))
     if unknown:
         raise ValueError(f"{test_root} has classes without training pictures: {_list(unknown)}")
@@ -72,6 +78,7 @@ def load_folder(root: Path, *, split_seed: int = 0, strict: bool = False, image_
         ImageSet(test.images, test.labels, image_size=image_size),
         names,
         len(train.skipped) + len(test.skipped),
+        f"the folder {test_root.name} that came with the data",
     )
 
 
@@ -120,7 +127,7 @@ def _read(root: Path, names: list[str], strict: bool, image_size: int | None) ->
                 kept.append(cover(image.unsqueeze(0), image_size).squeeze(0))
                 room -= kept[-1].numel()
     whole = bool(kept) and len(kept) == len(paths)
-    images: Images = TensorImages(torch.stack(kept)) if whole else FileImages(paths, image_size)
+    images = FileImages(paths, image_size, torch.stack(kept) if whole else None)
     return _Part(images, torch.tensor(labels, dtype=torch.int64), skipped)
 
 

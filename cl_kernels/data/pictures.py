@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
 
-__all__ = ["BrokenImageError", "from_pillow", "read_picture"]
+__all__ = ["BrokenImageError", "from_pillow", "picture_size", "read_picture"]
 
 INSTALL = 'reading picture files needs Pillow: pip install "cl-kernels[timm]"'
 
@@ -48,6 +48,24 @@ def read_picture(source: Path | bytes, *, label: str | None = None, at_least: in
     except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, IndexError, KeyError, TypeError) as error:
         # Pillow's decoders raise all of these on damaged files; none of them names the file.
         raise BrokenImageError(f"{name}: not a readable picture ({error})") from error
+
+
+def picture_size(source: Path | bytes) -> tuple[int, int]:
+    """Height and width in the header of a file, or of the bytes of one; the camera's orientation mark is not applied.
+
+    Raises `BrokenImageError` where there is no such header.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                return picture.height, picture.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImageError(f"{'bytes' if isinstance(source, bytes) else source}: no size ({error})") from error
 
 
 def from_pillow(picture: PillowImage.Image) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,13 +12,16 @@ from torch.utils.data import Dataset
 
 from cl_kernels.data.preprocess import cover
 
-__all__ = ["ImageData", "ImageSet", "Images", "TensorImages", "stratified_split"]
+__all__ = ["ImageData", "ImageSet", "Images", "TensorImages", "held_out", "stratified_split"]
 
 MAX_BYTES = 4 << 30  # of decoded images that `ImageSet.tensors` keeps
 
 
 class Images(Protocol):
-    """A source of images by number: uint8 [C, H, W]; sizes may differ between images, channels may not."""
+    """A source of images by number: uint8 [C, H, W]; sizes may differ between images, channels may not.
+
+    One that scales what it reads also has ``size(index)``: height and width as stored.
+    """
 
     def __len__(self) -> int: ...
 
@@ -72,6 +75,15 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         image = self._images.read(int(self._rows[index]))
         return image if self._size is None else cover(image.unsqueeze(0), self._size).squeeze(0)
 
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image in its source, before any scaling; a file's header is enough for it."""
+        row = int(self._rows[index])
+        size: Callable[[int], tuple[int, int]] | None = getattr(self._images, "size", None)
+        if size is not None:
+            return size(row)
+        height, width = self._images.read(row).shape[-2:]
+        return int(height), int(width)
+
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
         """The items at ``indices``, in that order; shares the source, and decoded pixels where there are any."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -115,13 +127,22 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test set with the same classes; ``skipped`` counts the broken images that were left out."""
+    """A training and a test set with the same classes; ``skipped`` counts the broken images that were left out.
+
+    ``test_from``: where the test set comes from, to be read after "the test images are".
+    """
 
     name: str
     train: ImageSet
     test: ImageSet
     class_names: list[str]
     skipped: int = 0
+    test_from: str = "the test split that came with the data"
+
+
+def held_out(share: float, seed: int) -> str:
+    """`ImageData.test_from` of a set without a test split."""
+    return f"{share:.0%} of each class, held out of the training images by seed {seed}: the data has no test split"
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

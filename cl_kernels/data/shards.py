@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cl_kernels.data.pictures import BrokenImageError, read_picture
+from cl_kernels.data.pictures import BrokenImageError, picture_size, read_picture
 from cl_kernels.data.sets import ImageData, Images, ImageSet
 
 __all__ = ["load_shard"]
@@ -27,6 +27,9 @@ class JpegImages:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def size(self, index: int) -> tuple[int, int]:
+        return picture_size(self.bytes(index))
 
     def bytes(self, index: int) -> bytes:
         return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
@@ -71,7 +74,8 @@ def load_shard(path: Path, *, strict: bool = False, image_size: int | None = Non
     held = "test" if "test_jpeg" in fields else "val"
     train, missing = _jpeg(path, fields, "train", len(names), strict, image_size)
     test, missing_too = _jpeg(path, fields, held, len(names), strict, image_size)
-    return ImageData(path.stem, train, test, names, missing + missing_too)
+    came = f"the {held} split that came with the data"
+    return ImageData(path.stem, train, test, names, missing + missing_too, came)
 
 
 def _field(path: Path, fields: dict[str, npt.NDArray[np.generic]], name: str, kind: str) -> npt.NDArray[np.generic]:
