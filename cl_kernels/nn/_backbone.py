@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_images", "digest", "embed", "prefix_rows", "reads_one_row"]
+__all__ = ["check_images", "digest", "digest_of", "embed", "prefix_rows", "reads_one_row"]
 
 
 def check_images(backbone: Any, images: Tensor) -> None:
@@ -41,8 +42,13 @@ def reads_one_row(backbone: Any) -> bool:
 @torch.no_grad()
 def digest(module: nn.Module) -> str:
     """sha256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
+    return digest_of(module.state_dict())
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The same over tensors by name."""
     found = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         if isinstance(value, Tensor):
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
