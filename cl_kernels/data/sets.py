@@ -61,6 +61,11 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         self._decoded: Tensor | None = None
         self.labels = labels.to(torch.int64)
 
+    @property
+    def image_size(self) -> int | None:
+        """The side that every image is scaled to; None leaves them as they are stored."""
+        return self._size
+
     def __len__(self) -> int:
         return int(self.labels.numel())
 
