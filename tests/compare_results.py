@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import struct
@@ -46,15 +47,15 @@ def results(
             "quick": False,
         },
         "environment": {"torch": "2.x", "device": "cpu", "python": "3.11"},
-        "data": {},
-        "probes": {},
+        "data": _card(),
+        "probes": _probes(),
         "distance": {},
         "sizes": held,
         "arms": [_arm(name, draw) for name in ARMS],
         "runs": runs,
         "cost": [_cost(name, draw) for name in ARMS],
         "diagnosis": [_diagnosis(name, draw) for name in ARMS],
-        "pictures": {},
+        "pictures": {},  # see `with_pictures`
         "decision": _decision(verdict, held, accuracy, gaps),
         "budget": {
             "seconds": 600.0,
@@ -82,6 +83,100 @@ def picture(path: Path, shade: int = 128, side: int = 16) -> Path:
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
     return path
+
+
+def with_pictures(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The same results with two images in two groups, their files below `out`."""
+    pair, methods = ["vpt-deep", "full"], {"gradcam": "GradCAM", "rollout": "Attention rollout"}
+    shades = itertools.count(40, 9)
+
+    def file(name: str) -> str:
+        picture(out / "figures" / name, next(shades) % 256, side=64)
+        return f"figures/{name}"
+
+    def image(number: int, group: str) -> dict[str, Any]:
+        panels = [
+            {
+                "method": method,
+                "target": 1 if method == "gradcam" else None,
+                "class": "one" if method == "gradcam" else None,
+                "why": "true, predicted by full" if method == "gradcam" else "",
+                "high": 0.1,
+                "agreement": 0.31,
+                "maps": [
+                    {
+                        "arm": arm,
+                        "file": file(f"{number}-{method}-{arm}.png"),
+                        "alt": f"{methods[method]} of {arm} on image {number}: brightest at the top left",
+                        "empty": False,
+                        "completeness": None,
+                        "flagged": None,
+                        "masses": None if method == "gradcam" else {"cls": 0.2, "prompts": 0.3, "patches": 0.5},
+                    }
+                    for arm in pair
+                ],
+            }
+            for method in methods
+        ]
+        predicted = {arm: {"label": 1, "class": "one", "probability": 0.9} for arm in pair}
+        source = {"file": file(f"{number}.png"), "alt": f"Image {number}, true class one, as the models saw it"}
+        named = {"number": number, "group": group, "label": 1, "class": "one"}
+        return named | {"predicted": predicted, "panels": panels} | source
+
+    groups = [
+        {"name": "first-right", "title": "vpt-deep right, full wrong", "available": 7, "shown": 1},
+        {"name": "second-right", "title": "full right, vpt-deep wrong", "available": 0, "shown": 0},
+        {"name": "both-wrong", "title": "both wrong", "available": 3, "shown": 1},
+    ]
+    found["pictures"] = {
+        "arms": pair,
+        "pair": pair,
+        "methods": [{"name": name, "title": title, "explains": "a class"} for name, title in methods.items()],
+        "groups": groups,
+        "images": [image(37, "first-right"), image(41, "both-wrong")],
+        "sanity": {arm: {"gradcam": {"spearman": 0.12, "changed": True}} for arm in pair},
+        "stopped": False,
+        "note": "Maps say where a model looked, not why it was right.",
+    }
+    return found
+
+
+def _card() -> dict[str, Any]:
+    sizes = {"measured": 500, "distinct": 1, "commonest": [8, 8], "smallest": [8, 8], "largest": [8, 8]}
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    return {
+        "name": "digits",
+        "classes": 10,
+        "class_names": names,
+        "train": {"n": 1000, "counts": [100] * 10, "channels": 1, "sizes": sizes},
+        "test": {"n": 400, "counts": [40] * 10, "channels": 1, "sizes": sizes},
+        "imbalance": 1.0,
+        "duplicates": {"inside_train": 0, "inside_test": 0, "across": 0, "across_examples": [], "two_labels": 0},
+        "skipped": 0,
+        "test_from": "a fifth of the images, drawn by class",
+        "label_type": {"guess": "not guessed", "reason": "the class names do not say"},
+        "warnings": ["only 400 test images: differences of a few points cannot be told from chance"],
+    }
+
+
+def _probes() -> dict[str, Any]:
+    def accuracy(share: float) -> dict[str, Any]:
+        return {"accuracy": share, "se": math.sqrt(share * (1 - share) / 1000), "n": 1000}
+
+    return {
+        "n": 1000,
+        "images": 1000,
+        "classes": 10,
+        "folds": 5,
+        "majority": 0.1,
+        "feature": "cls",
+        "linear": accuracy(0.912),
+        "knn": {"5": accuracy(0.871), "20": accuracy(0.853)},
+        "class_mean": accuracy(0.764),
+        "logme": {"value": 0.4183, "se": 0.011},
+        "layers": [{"layer": block, **accuracy(0.62 + 0.07 * block)} for block in range(5)],
+        "missing": [],
+    }
 
 
 def _accuracy(name: str, size: int, verdict: str, draw: random.Random) -> dict[str, Any]:
@@ -195,6 +290,7 @@ def _decision(
     for place, times in (("1x", 1), ("2x", 2), ("5x", 5)):
         gap = gaps[-1]["mean"] - 0.02 * (times - 1)
         at[place] = {
+            "agreeing": 20,
             "size": full * times,
             "verdict": verdict,
             "gap": gap,
@@ -215,6 +311,8 @@ def _decision(
         "gaps": gaps,
         "accuracy": accuracy,
         "crossing": {"size": 760.0, "low": 520.0, "high": 980.0, "text": CROSSING},
+        "prompts_arm": "vpt-deep",
+        "rule": {"level": 0.95, "smallest": 0.005, "redraws": 20, "agree": 18, "draws": 2000},
         "prior": {
             "text": "With 1000 images and a ViT-B/16 pre-trained on ImageNet-21k, prompts won 15 of 19 tasks.",
             "source": "Han et al., ICLR 2024",

@@ -73,7 +73,7 @@ def _sections(results: Mapping[str, Any], arms: Arms, folder: Path | None) -> li
         answer.later(arms),
         *costs.costs(results, arms),
         pictures.pictures(results, arms, folder),
-        evidence.evidence(results, arms),
+        evidence.evidence(results),
         diagnosis.diagnosis(results, arms),
         method.decided(results, arms),
         method.prior(results),

@@ -27,10 +27,9 @@ def confidence(arms: Arms) -> str:
         return "No interval could be computed: see what is missing, at the end."
     where = f"with your {n.count(now.get('size'))} training images"
     ahead, first, second = ("Prompts", low, high) if mean >= 0 else ("Full fine-tuning", -high, -low)
-    text = f"{ahead} measured {n.points(abs(mean)).lstrip('+')} points ahead {where}; 90 % interval "
-    if first <= 0:
-        return text + f"{n.interval(n.points(first), n.points(second))}: it includes no difference at all."
-    return text + f"{n.interval(n.points(first), n.points(second))} points."
+    held = f"{arms.level} interval {n.interval(n.points(first), n.points(second))}"
+    doubt = ": it includes no difference at all" if first <= 0 else ""
+    return f"{ahead} measured {n.points(abs(mean)).lstrip('+')} points ahead {where}; {held}{doubt}."
 
 
 def reasons(arms: Arms) -> list[Block]:
@@ -54,7 +53,7 @@ def accuracy(arms: Arms) -> Section:
     held = [
         value for one in series for mark in one.marks for value in (mark.low, mark.y, mark.high) if value is not None
     ]
-    caption = "Test accuracy (%) by number of training images; bands: 90 % intervals"
+    caption = f"Test accuracy (%) by number of training images; bands: {arms.level} intervals"
     chart = Chart(
         caption,
         draw(
@@ -99,7 +98,7 @@ def gap(arms: Arms) -> Section:
         for place in PLACES
         if (one := _at(arms, place)) and one.get("extrapolated") and n.value_of(one, "gap") is not None
     ]  # fmt: skip
-    series = [Series("measured, 90 % interval", INK, measured, strong=True)]
+    series = [Series(f"measured, {arms.level} interval", INK, measured, strong=True)]
     if expected:
         series.append(Series("expected with more data, by the fit", INK, expected, line=False))
     held = [v for one in series for mark in one.marks for v in (mark.low, mark.y, mark.high) if v is not None]
@@ -184,7 +183,7 @@ def _accuracy_table(arms: Arms, shown: Sequence[str]) -> Table:
         cells = [n.spread(*(n.percent(n.value_of(one, end)) for end in ("mean", "low", "high"))) for one in found]
         rows.append(Row(arms.title(name), cells, frozenset(c for c, first in best.items() if first == name)))
     return Table(
-        "Test accuracy (%) with its 90 % interval, by number of training images; the highest of a column in bold",
+        f"Test accuracy (%) with its {arms.level} interval, by number of training images; the highest in bold",
         "Arm", [n.count(size) for size in arms.sizes], rows, fold="The numbers behind this chart",
     )  # fmt: skip
 
@@ -197,7 +196,7 @@ def _gap_table(arms: Arms, found: Sequence[Mapping[str, Any]]) -> Table:
         if (one := _at(arms, place)) and one.get("extrapolated")
     ]
     return Table(
-        "Prompts minus full fine-tuning, in points", "Training images", ["Gap", "90 % interval", "From"], rows,
+        "Prompts minus full fine-tuning, in points", "Training images", ["Gap", f"{arms.level} interval", "From"], rows,
         fold="The numbers behind this chart",
     )  # fmt: skip
 
@@ -215,7 +214,7 @@ def _gap_words(one: Mapping[str, Any], name: str) -> str:
 def _crossing(crossing: Mapping[str, Any]) -> str:
     given = crossing.get("text")
     if isinstance(given, str) and given:
-        return given
+        return given[0].upper() + given[1:].rstrip(".") + "."
     at, low, high = (n.value_of(crossing, end) for end in ("size", "low", "high"))
     if at is None:
         return "The two do not cross in the range that was looked at."

@@ -25,6 +25,8 @@ class Arms:
         self.titles = dict(listed) | {name: name for name in dict.fromkeys(extra)}
         self.names = list(self.titles)
         self.decision: Mapping[str, Any] = results.get("decision") or {}
+        level = value_of(self.decision, "rule", "level")
+        self.level = f"{100 * (0.95 if level is None else level):g} %"  # of the intervals
         self.sizes: list[int] = sorted({int(size) for size in results.get("sizes") or []})
         self._accuracy = {(str(a["arm"]), int(a["size"])): a for a in self.decision.get("accuracy") or []}
 

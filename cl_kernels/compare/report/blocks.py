@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 __all__ = [
-    "Block", "Chart", "Charts", "Code", "Heading", "Items", "Key", "Note", "Page", "Picture", "Pictures", "Row",
-    "Section", "Table", "Text", "Tile", "Tiles",
+    "Block", "Case", "Chart", "Charts", "Code", "Heading", "Items", "Key", "Note", "Page", "Picture", "Row", "Section",
+    "Strip", "Table", "Text", "Tile", "Tiles",
 ]  # fmt: skip
 
 
@@ -122,13 +122,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Images of one case side by side."""
+class Strip:
+    """Images to see beside each other, and what they show."""
 
     title: str
     pictures: Sequence[Picture]
     note: str = ""
-    kind: str = field(default="pictures", init=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of the data: what it is, and strips of what the models made of it."""
+
+    title: str
+    note: str
+    strips: Sequence[Strip]
+    kind: str = field(default="case", init=False)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class Code:
     kind: str = field(default="code", init=False)
 
 
-Block = Text | Note | Heading | Items | Table | Chart | Charts | Tiles | Pictures | Code
+Block = Text | Note | Heading | Items | Table | Chart | Charts | Tiles | Case | Code
 
 
 @dataclass(frozen=True)

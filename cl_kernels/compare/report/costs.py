@@ -14,13 +14,12 @@ from .svg import Axis, Mark, Series, draw, swatch
 
 __all__ = ["costs", "log_axis"]
 
-TASKS = ("1", "2", "5", "20")
-
 # title, field, how it is written; lower is better for all but those in _HIGHER
 _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("Trainable parameters", "trainable_parameters", n.count),
     ("Stored per task", "stored_bytes", n.size),
     ("Time per epoch", "seconds_per_epoch", n.seconds),
+    ("A training step (ms)", "step_ms", n.number),
     ("Time to best", "seconds_to_best", n.seconds),
     ("Peak memory", "peak_bytes", n.size),
     ("Latency, one image (ms)", "latency_ms", n.number),
@@ -78,12 +77,13 @@ def _tables(rows: Sequence[Mapping[str, Any]], arms: Arms) -> list[Block]:
         ),
     ]
     if any(one.get("task_bytes") for one in rows):
+        tasks = sorted({int(count) for one in rows for count in one.get("task_bytes") or {}})
         stored = [
-            Row(arms.title(one["arm"]), [n.size(n.value_of(one, "task_bytes", tasks)) for tasks in TASKS])
+            Row(arms.title(one["arm"]), [n.size(n.value_of(one, "task_bytes", str(count))) for count in tasks])
             for one in rows
             if one.get("task_bytes")
         ]
-        titles = ["1 task", *(f"{tasks} tasks" for tasks in TASKS[1:])]
+        titles = [f"{n.count(count)} task{'' if count == 1 else 's'}" for count in tasks]
         blocks += [
             Text("With several tasks on one backbone, what is stored grows with each:"),
             Table("Stored in all, backbone included, for this many tasks", "Arm", titles, stored),

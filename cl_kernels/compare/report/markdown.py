@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import quote
 
-from .blocks import Block, Chart, Charts, Code, Heading, Items, Note, Page, Pictures, Table, Text, Tiles
+from .blocks import Block, Case, Chart, Charts, Code, Heading, Items, Note, Page, Strip, Table, Text, Tiles
 
 __all__ = ["markdown"]
 
@@ -43,8 +43,9 @@ def _block(block: Block) -> str:
             return "\n\n".join(_block(chart) for chart in block.charts)
         case Tiles():
             return "\n".join(f"* {plain(t.title)}: **{plain(t.answer)}**, {plain(t.detail)}" for t in block.tiles)
-        case Pictures():
-            return _pictures(block)
+        case Case():
+            strips = [_strip(strip) for strip in block.strips]
+            return "\n\n".join(filter(None, [f"### {plain(block.title)}", plain(block.note), *strips]))
         case Code():
             return "\n\n".join(filter(None, [plain(block.caption), _fenced(block.text)]))
 
@@ -57,9 +58,9 @@ def _table(table: Table) -> str:
     return "\n".join([f"{plain(table.caption)}:", "", texts[0], rule, *texts[1:]])
 
 
-def _pictures(block: Pictures) -> str:
-    images = " ".join(f"![{plain(one.alt)}]({quote(one.file)})" for one in block.pictures if one.file)
-    return "\n\n".join(filter(None, [f"### {plain(block.title)}", plain(block.note), images]))
+def _strip(strip: Strip) -> str:
+    images = " ".join(f"![{plain(one.alt)}]({quote(one.file)})" for one in strip.pictures if one.file)
+    return "\n\n".join(filter(None, [f"{plain(strip.title)}:", images, plain(strip.note)]))
 
 
 def _fenced(text: str) -> str:
