@@ -35,6 +35,11 @@ class Deployed(nn.Module):
         self.classes = list(method.classes)
         self.class_names = [class_names[label] for label in self.classes]
 
+    @property
+    def method(self) -> methods.Method:
+        """The method inside, which takes normalised images and gives gradients."""
+        return self._method
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         return self._method.predict(self.preprocess(images))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,7 @@ class PooledViT(nn.Module):
         self.pool = None if pool is None else pool.to(like)
         self.kd = None if kd is None else kd.to(like)
         self.prune = prune and _backbone.reads_one_row(model)
+        self._query: Tensor | None = None
 
     def train(self, mode: bool = True) -> PooledViT:
         """As `nn.Module.train`, but the backbone stays in eval mode: no dropout, no stochastic depth."""
@@ -93,7 +96,7 @@ class PooledViT(nn.Module):
         _backbone.check_images(self.backbone, images)
         train = self.training if train is None else train
         if query is None and self.pool is not None and self.pool.needs_query:
-            query = self.query(images)
+            query = self.query(images) if self._query is None else self._query
         x = _backbone.embed(self.backbone, images)
         if self._token is not None:
             x = torch.cat((x, self._token.to(x.dtype).expand(len(x), 1, -1)), dim=1)
@@ -109,6 +112,27 @@ class PooledViT(nn.Module):
             return Pooled(self._features(x), None, loss)
         own: Tensor = self.backbone.fc_norm(self.backbone.norm(x[:, -1]))
         return Pooled(self._features(x[:, :-1]), own, loss)
+
+    @contextmanager
+    def fixed_query(self, query: Tensor) -> Iterator[None]:
+        """While open, the pool looks at `query` [B, Dq] whatever the images: their prompts are constants."""
+        self._query = query
+        try:
+            yield
+        finally:
+            self._query = None
+
+    def keys(self, index: int, k: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the image rows of block `index` attend to: the keys [B, H, N, dh] of all rows, given as projected, and
+        those of the pool and of the KD prompts [B or 1, H, M, dh] (None where there are none)."""
+        prompt = None if self.pool is None else self.pool.prompts(query, index, train=False)
+        hidden = self.kd is not None and self.kd.decouple == "mask"
+        kd = None if self.kd is None or hidden else self.kd.prefix(index)
+        if prompt is not None and self._adds:
+            k, prompt = self._added(k, prompt.k, k.shape[2] - (self._token is not None)), None
+        found = [pair[0].to(k.dtype) for pair in (prompt, kd) if pair is not None]
+        batch = next((len(part) for part in found if len(part) != 1), 1)
+        return k, torch.cat([part.expand(batch, -1, -1, -1) for part in found], dim=2) if found else None
 
     @property
     def _token(self) -> Tensor | None:
