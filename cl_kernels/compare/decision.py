@@ -109,7 +109,8 @@ class _Bootstrap:
         x = np.log(np.array(self.sizes)[use])
         slope = np.clip(np.polyfit(x, logs, 1)[0], -1.0, 0.0)  # spreads fall with n, and not faster than 1/n
         level = float((logs - slope * x).mean())
-        return np.maximum(np.exp(level + slope * np.log(np.array(self.sizes))), floor)
+        spreads: Floats = np.maximum(np.exp(level + slope * np.log(np.array(self.sizes))), floor)
+        return spreads
 
 
 def _bias(freedom: int) -> float:
@@ -169,8 +170,8 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
     gaps = bootstrap.gaps(hits[outcomes.prompts], hits[outcomes.full])
     line = _Line(sizes, gaps)
     at = {}
-    for name, times in (("1x", 1), ("2x", 2), ("5x", 5)):
-        size = images * times
+    for times in (1, 2, 5):
+        name, size = f"{times}x", images * times
         measured = size in sizes
         mean, column = (
             (float(gaps.mean[sizes.index(size)]), gaps.draws[:, sizes.index(size)]) if measured else line.at(size)
@@ -185,7 +186,7 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
         }  # fmt: skip
     top = sizes[-1]
     other = _other(outcomes, bootstrap, sizes.index(top))
-    verdict = at["1x"]["verdict"]
+    verdict = str(at["1x"]["verdict"])
     arm = {PROMPTS: outcomes.prompts, FULL: outcomes.full}.get(verdict)
     if other is not None and other["wins"]:
         verdict, arm = OTHER, outcomes.other

@@ -11,10 +11,11 @@ from typing import Any
 
 from cl_kernels.compare.config import describe_seconds
 
-__all__ = ["BudgetError", "Plan", "Rates", "batch_size", "epochs_at", "make_plan", "rungs", "trim"]
+__all__ = ["BudgetError", "Plan", "Rates", "batch_size", "cost_of_rung", "make_plan", "rungs", "trim"]
 
 EPOCHS = (100, 70, 50, 40, 30, 25, 20, 16, 12, 10, 8, 6, 5, 4, 3)
 MAX_EPOCHS = 200
+LOOKS = 4  # evaluations of the test images in a run, besides the last
 FOLD = 0.8  # of a subset trains in a tuning trial
 
 
@@ -86,7 +87,7 @@ class Plan:
         """One line for people."""
         sizes = ", ".join(map(str, self.sizes))
         return (
-            f"sizes {sizes} of {self.images} images; {self.seeds} seeds; {self.epochs} epochs at {self.sizes[-1]} images "
+            f"sizes {sizes} of {self.images} images; {self.seeds} seeds; {self.epochs} epochs at {self.sizes[-1]} "
             f"({self.epochs_at(self.sizes[0])} at {self.sizes[0]}); {self.trials} tuning trials for each arm at "
             f"{' and '.join(map(str, self.anchors))} images; {self.tested} test images"
         )
@@ -100,7 +101,7 @@ def epochs_at(size: int, largest: int, epochs: int) -> int:
 
 def batch_size(size: int) -> int:
     """A power of two near an eighth of the images, from 16 to 64: some steps an epoch also on small sets."""
-    return 2 ** min(6, max(4, int(math.log2(max(size / 8, 1)))))
+    return int(2 ** min(6, max(4, int(math.log2(max(size / 8, 1))))))
 
 
 def rungs(trials: int, epochs: int) -> list[tuple[int, int]]:
@@ -122,17 +123,24 @@ def cost_of_sweep(
 def cost_of_cell(plan: Plan, rates: Rates, arms: Sequence[str], size: int) -> float:
     """Predicted seconds of one size with one seed, all arms."""
     epochs = plan.epochs_at(size)
-    return sum(rates.trial(arm, size, epochs, 2 * plan.tested) for arm in arms)
+    return sum(rates.trial(arm, size, epochs, (1 + LOOKS) * plan.tested) for arm in arms)
 
 
 def cost_of_tuning(plan: Plan, rates: Rates, arms: Sequence[str]) -> float:
     """Predicted seconds of all tuning trials."""
-    total = 0.0
-    for anchor in plan.anchors:
-        for count, epochs in rungs(plan.trials, plan.epochs_at(anchor)):
-            each = sum(rates.trial(arm, round(FOLD * anchor), epochs, anchor) for arm in arms)
-            total += plan.repeats[anchor] * count * each
-    return total
+    return sum(
+        cost_of_rung(plan, rates, arms, anchor, rung)
+        for anchor in plan.anchors
+        for rung in range(len(rungs(plan.trials, plan.epochs_at(anchor))))
+    )
+
+
+def cost_of_rung(plan: Plan, rates: Rates, arms: Sequence[str], anchor: int, rung: int) -> float:
+    """Predicted seconds of one rung of tuning, all arms."""
+    count, epochs = rungs(plan.trials, plan.epochs_at(anchor))[rung]
+    tested = round((1 - FOLD) * anchor) * epochs
+    each = sum(rates.trial(arm, round(FOLD * anchor), epochs, tested) for arm in arms)
+    return plan.repeats[anchor] * count * each
 
 
 def make_plan(
