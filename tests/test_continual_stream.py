@@ -7,12 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from continual_tiny import tiny_config, tiny_data
+from continual_tiny import tiny_backbone, tiny_config, tiny_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_kernels.continual import RunConfig, metrics, stream, transforms
-from cl_kernels.data import ImageData, ImageSet
+from cl_kernels import data
+from cl_kernels.continual import RunConfig, metrics, run, stream, transforms
+from cl_kernels.data import ImageData, ImageSet, corruptions
 from cl_kernels.data.sets import TensorImages
 
 
@@ -204,3 +205,89 @@ def test_forgetting_by_every_definition() -> None:
     assert found["diagonal_over_all"] == pytest.approx((0.3 + 0.1) / 3)
     assert metrics.average_accuracy(matrix) == pytest.approx(2 / 3)
     assert metrics.forgetting_variants([[0.5]]) == {"maximum": 0.0, "diagonal": 0.0, "diagonal_over_all": 0.0}
+
+
+class TestSources:
+    """Several data sets as one, one after another."""
+
+    def sets(self) -> tuple[ImageData, ImageData]:
+        first, second = with_labels([0, 0, 1, 1, 2, 2], 3), with_labels([0, 1, 1, 0, 2, 3, 4, 3], 5)
+        return dataclasses.replace(first, name="a"), dataclasses.replace(second, name="b")
+
+    def test_a_join_holds_every_image_with_its_own_label(self) -> None:
+        first, second = self.sets()
+        grey = TensorImages(torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 1, 4, 4))
+        second = dataclasses.replace(second, train=ImageSet(grey, second.train.labels))
+        both = data.joined([first, second])
+        assert both.parts == (("a", 0), ("b", 3))
+        assert both.class_names == ["a: 0", "a: 1", "a: 2", "b: 0", "b: 1", "b: 2", "b: 3", "b: 4"]
+        assert both.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 4, 3, 5, 6, 7, 6]
+        assert both.train.tensors()[6:, :, 0, 0].tolist() == [[i, i, i] for i in range(8)], "grey became RGB"
+        assert both.train.tensors().shape == (14, 3, 4, 4)
+        assert both.train.subset([13, 0])[0][1] == 6
+        for wrong in ([first], [first, first], []):
+            with pytest.raises(ValueError, match="two different sets"):
+                data.joined(wrong)
+
+    def test_sources_come_one_after_another(self) -> None:
+        both = data.joined(self.sets())
+        made = stream.source_incremental(both, 3, 0)
+        assert [sorted(task.classes) for task in made[2:]] == [[3, 4, 5, 6, 7]]
+        assert sorted(label for task in made[:2] for label in task.classes) == [0, 1, 2]
+        assert [len(task.classes) for task in made] == [2, 1, 5], "the first set is dealt into one task more"
+        assert [task.last for task in made] == [False, False, True]
+        assert stream.source_incremental(both, 2, 0, domains=("invert",))[0].domain == "invert"
+        for tasks, said in ((1, "at least one per data set"), (8, "a has 3 classes, too few for 4")):
+            with pytest.raises(ValueError, match=said):
+                stream.source_incremental(both, tasks)
+        with pytest.raises(ValueError, match="joined by"):
+            stream.source_incremental(self.sets()[0], 2)
+
+    def test_a_part_is_numbered_anew(self) -> None:
+        _, second = self.sets()
+        part = data.part_of(second, classes=(1, 4), per_class=1)
+        assert part.class_names == ["1", "2", "3"]
+        assert part.train.labels.tolist() == [0, 1, 2]
+        assert part.test.labels.tolist() == [0, 0, 1, 2, 2]
+        assert second.train.labels.tolist() == [0, 1, 1, 0, 2, 3, 4, 3], "the data are as they were"
+        for wrong, said in (({"classes": (3, 9)}, "within 0:5, got 3:9"), ({"per_class": 0}, "images_per_class")):
+            with pytest.raises(ValueError, match=said):
+                data.part_of(second, **wrong)
+        with pytest.raises(ValueError, match="not of the join"):
+            data.part_of(data.joined(self.sets()), classes=(0, 1))
+
+    def test_names_joined_by_plus(self) -> None:
+        pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+        with pytest.raises(ValueError, match="two different sets"):
+            data.load("digits+digits")
+        with pytest.raises(ValueError, match="unknown data 'digit'"):
+            data.load("digits + digit")
+
+    @pytest.mark.parametrize("wrong", ["0-20", "5:5", "9:3", ":3", "a:b", ""])
+    def test_a_wrong_range_of_classes(self, wrong: str) -> None:
+        with pytest.raises(ValueError, match="classes must be a range"):
+            tiny_config("linear", classes=wrong)
+
+    def test_settings_without_a_range_are_what_they_were(self) -> None:
+        assert not {"classes", "images_per_class"} & set(tiny_config("linear").as_json())
+        cut = tiny_config("linear", classes="0:4", images_per_class=3)
+        assert cut.as_json()["classes"] == "0:4"
+        assert cut.fingerprint() != tiny_config("linear").fingerprint()
+
+    def test_a_run_on_a_part(self) -> None:
+        pytest.importorskip("timm", reason="the backbone is timm's")
+        config = tiny_config("class-mean", tasks=2, classes="2:6", images_per_class=2)
+        found = run(config, data=tiny_data(), backbone=tiny_backbone())
+        assert [task["train"] for task in found["tasks"]] == [4, 4]
+        assert {label for task in found["tasks"] for label in task["classes"]} == {0, 1, 2, 3}
+
+
+def test_a_corruption_is_a_domain() -> None:
+    pytest.importorskip("PIL", reason="one family needs Pillow")
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = transforms.get("invert+fog@3")(images)
+    assert torch.equal(made, corruptions.corrupt(255 - images, "fog", 3))
+    assert torch.equal(transforms.get("gaussian-noise@2")(images)[1:2], transforms.get("gaussian-noise@2")(images[1:2]))
+    for wrong, said in (("fogg@3", "nearest: fog"), ("fog@6", "severity of 1, 2, 3, 4, 5"), ("fog@", "severity")):
+        with pytest.raises(ValueError, match=said):
+            transforms.get(wrong)

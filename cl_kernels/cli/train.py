@@ -29,8 +29,10 @@ def register(app: "typer.Typer") -> None:
         method: Annotated[str | None, Argument(metavar="METHOD", help=method_help)] = None,
         data: Annotated[str | None, text("digits (embedded), an .npz shard, a folder [digits]", "NAME|DIR")] = None,
         tasks: Annotated[int | None, Option(help="Tasks the classes are dealt into [5]")] = None,
-        stream: Annotated[str | None, text("New classes, or the same in new domains [class]", "class|domain")] = None,
+        stream: Annotated[str | None, text("What a task brings that is new [class]", "class|source|domain")] = None,
         domains: Annotated[str | None, text("Transforms of the domains: identity,invert,rotate90", "A,B,...")] = None,
+        classes: Annotated[str | None, text("Only the classes A to B - 1 of the data [all]", "A:B")] = None,
+        images_per_class: Annotated[int | None, Option(help="Training images of a class, at most [all]")] = None,
         backbone: Annotated[str | None, text("embedded, timm ViT or .safetensors [embedded]", "NAME|FILE")] = None,
         weights: Annotated[str | None, text("Local weights for --backbone; nothing is downloaded", "FILE")] = None,
         image_size: Annotated[int | None, Option(help="Resolution of a timm backbone [its own]")] = None,
@@ -63,6 +65,7 @@ def register(app: "typer.Typer") -> None:
         """Train METHOD on a stream of tasks, evaluate after each, write results.json and report.html to --out."""
         given: dict[str, Any] = {
             "method": method, "data": data, "tasks": tasks, "stream": stream, "backbone": backbone, "weights": weights,
+            "classes": classes, "images_per_class": images_per_class,
             "domains": None if domains is None else tuple(d.strip() for d in domains.split(",") if d.strip()),
             "image_size": image_size, "teacher": teacher, "teacher_weights": teacher_weights,
             "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,

@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STREAMS = ("class", "domain")
+STREAMS = ("class", "domain", "source")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 AUGMENTATIONS = ("none", "flip", "crop")
 
@@ -23,6 +24,9 @@ _ADDED = {"teacher": None, "teacher_weights": None, "eval_shift": False}
 """Fields younger than the first checkpoints, with what those ran with: at that value they leave a fingerprint as it
 was."""
 
+_OF_DATA = ("classes", "images_per_class")
+"""Younger still: not said at all where they are None, so that finished runs keep being those of their settings."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -34,7 +38,9 @@ class RunConfig:
 
     Fields
         method: a name in ``cl_kernels.methods.names()``.
-        data: an embedded name, an ``.npz`` shard or an image folder.
+        data: an embedded name, an ``.npz`` shard or an image folder; several joined by ``+`` are one set.
+        classes: "A:B" takes the classes A to B - 1 of the data alone: tune on others than those that are reported.
+        images_per_class: at most so many training images of a class, the first ones.
         tasks: of a class-incremental stream; for ``stream="domain"`` None or ``len(domains)``.
         backbone, weights: name or file of the pre-trained model, and the file of its weights.
         image_size: builds a timm model for another input size; None takes the model's own.
@@ -48,9 +54,11 @@ class RunConfig:
         out: directory for results.json, metrics.jsonl and checkpoints/; None writes nothing.
         resume: continue from ``out/checkpoints``, from the beginning when there is none.
         overwrite: without ``resume``, allow ``out`` to hold an earlier run, which is then replaced.
-        stream: ``class`` (new classes per task) or ``domain`` (the same classes in new domains, one shared head).
-        domains: of ``continual.transforms.names()``, one per task of a domain stream; in a class stream they are
-            applied to the tasks in turn (one name: to every task), none by default.
+        stream: ``class`` (new classes per task), ``source`` (the same, of one joined data set after another) or
+            ``domain`` (the same classes in new domains, one shared head).
+        domains: of ``continual.transforms.names()``, or a corruption and its severity ("fog@3"), one per task of a
+            domain stream; in another stream they are applied to the tasks in turn (one
+            name: to every task), none by default.
         options: further keyword arguments of ``methods.create(method, backbone, **options)``.
         strict: stop at the first broken image instead of counting it, and at a CUDA algorithm that has no deterministic
             form instead of warning.
@@ -144,6 +152,8 @@ class RunConfig:
     eval_shift: bool = False
     threads: int | None = None
     tensorboard: bool = False
+    classes: str | None = None
+    images_per_class: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("method", "data", "backbone", "device"):
@@ -174,6 +184,7 @@ class RunConfig:
             ("class_seed", 0, 2**32 - 1),
             ("checkpoint_steps", 1, 10**9),
             ("threads", 1, 1024),
+            ("images_per_class", 1, 10**9),
             ("image_size", 1, 4096),
         ):
             if getattr(self, name) is not None:
@@ -186,12 +197,22 @@ class RunConfig:
         if not isinstance(self.domains, (tuple, list)) or not all(isinstance(name, str) for name in self.domains):
             raise TypeError(f"domains must be a sequence of names, got {self.domains!r}")
         object.__setattr__(self, "domains", tuple(self.domains))
+        self.class_range()
         self._check_stream()
 
+    def class_range(self) -> tuple[int, int] | None:
+        """`classes` as numbers."""
+        if self.classes is None:
+            return None
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.classes) if isinstance(self.classes, str) else None
+        if found is None or int(found[1]) >= int(found[2]):
+            raise ValueError(f"classes must be a range such as '0:20', got {self.classes!r}")
+        return int(found[1]), int(found[2])
+
     def _check_stream(self) -> None:
-        if self.stream == "class":
+        if self.stream != "domain":
             if self.tasks is None:
-                raise ValueError("tasks must be given for stream='class'")
+                raise ValueError(f"tasks must be given for stream={self.stream!r}")
             return
         if not self.domains:
             raise ValueError("domains must name at least one transform for stream='domain', got none")
@@ -205,6 +226,7 @@ class RunConfig:
         """The fields that decide the result, as JSON values (paths as given; nothing about where the run writes)."""
         values = dataclasses.asdict(self)
         kept: dict[str, Any] = {name: value for name, value in values.items() if name not in _NOT_OF_THE_RUN}
+        kept = {name: value for name, value in kept.items() if name not in _OF_DATA or value is not None}
         result: dict[str, Any] = json.loads(json.dumps(kept, default=str))
         return result
 

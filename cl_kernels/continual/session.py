@@ -82,6 +82,8 @@ def open_session(
     start = time.perf_counter()
     if data is None:
         data = image_data.load(config.data, strict=config.strict, image_size=preprocess.size)
+    if config.classes is not None or config.images_per_class is not None:
+        data = image_data.part_of(data, classes=config.class_range(), per_class=config.images_per_class)
     tasks = _tasks(config, data)
     train = Pool(data.train, torch.cat([task.train for task in tasks]).unique(), device)
     test = Pool(data.test, torch.cat([task.test for task in tasks]).unique(), device)
@@ -129,7 +131,8 @@ def _tasks(config: RunConfig, data: Any) -> list[stream.Task]:
         tasks = stream.domain_incremental(data, config.domains)
     else:
         seed = config.seed if config.class_seed is None else config.class_seed
-        tasks = stream.class_incremental(data, config.tasks or 1, seed, domains=config.domains)
+        deal = stream.source_incremental if config.stream == "source" else stream.class_incremental
+        tasks = deal(data, config.tasks or 1, seed, domains=config.domains)
     return [stream.quick(task, data) for task in tasks] if config.quick else tasks
 
 

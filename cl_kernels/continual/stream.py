@@ -1,4 +1,4 @@
-"""Streams of tasks: new classes per task, or the same classes in one domain after another."""
+"""Streams of tasks: new classes per task, one data set after another, or the same classes in new domains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from cl_kernels.continual import transforms
 
-__all__ = ["Dataset", "ImageSet", "Task", "class_incremental", "class_order", "domain_incremental", "quick"]
+__all__ = [
+    "Dataset",
+    "ImageSet",
+    "Task",
+    "class_incremental",
+    "class_order",
+    "domain_incremental",
+    "quick",
+    "source_incremental",
+]
 
 
 class ImageSet(Protocol):
@@ -88,6 +97,38 @@ def class_incremental(
         sizes = [base + (i < more) for i in range(tasks)]
     if len(sizes) != tasks or min(sizes) < 1 or sum(sizes) != len(order):
         raise ValueError(f"sizes: expected {tasks} positive numbers adding up to {len(order)}, got {list(sizes)}")
+    return _dealt(data, order, sizes, domains)
+
+
+def source_incremental(data: Dataset, tasks: int, seed: int | None = 0, *, domains: Sequence[str] = ()) -> list[Task]:
+    """The classes of one data set after another, in the order of a join (`cl_kernels.data.joined`).
+
+    Every set is dealt into as many tasks, the first sets into one more where `tasks` does not divide; classes are
+    shuffled within their set. Raises `ValueError` for data that are no join, fewer tasks than sets, and what
+    `class_incremental` raises for.
+    """
+    parts: Sequence[tuple[str, int]] = getattr(data, "parts", ())
+    classes = _known_classes(data)
+    if not parts:
+        raise ValueError(f"data: a stream of sources needs several sets joined by '+', got {data.name}")
+    if tasks < len(parts):
+        raise ValueError(f"tasks: expected at least one per data set ({len(parts)}), got {tasks}")
+    starts = [start for _, start in parts]
+    each, more = divmod(tasks, len(parts))
+    order: list[int] = []
+    sizes: list[int] = []
+    for place, (start, stop) in enumerate(zip(starts, [*starts[1:], classes], strict=True)):
+        count = each + (place < more)
+        if count > stop - start:
+            raise ValueError(f"tasks: {parts[place][0]} has {stop - start} classes, too few for {count} tasks")
+        order += [start + label for label in class_order(stop - start, seed)]
+        base, rest = divmod(stop - start, count)
+        sizes += [base + (i < rest) for i in range(count)]
+    return _dealt(data, order, sizes, domains)
+
+
+def _dealt(data: Dataset, order: Sequence[int], sizes: Sequence[int], domains: Sequence[str]) -> list[Task]:
+    """Tasks of so many classes each, in the given order."""
     cycle = list(domains) or ["identity"]
     for name in cycle:
         transforms.get(name)
@@ -98,7 +139,7 @@ def class_incremental(
         train, test = _of_classes(data.train.labels, classes), _of_classes(data.test.labels, classes)
         domain = cycle[index % len(cycle)]
         name = f"task {index + 1}" if domain == "identity" else f"task {index + 1} ({domain})"
-        result.append(Task(index, name, classes, train, test, domain, index == tasks - 1))
+        result.append(Task(index, name, classes, train, test, domain, index == len(sizes) - 1))
     return result
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_kernels.data import corruptions
+
 __all__ = ["Transform", "get", "names"]
 
 Transform = Callable[[Tensor], Tensor]
@@ -83,7 +85,8 @@ def names() -> list[str]:
 def get(name: str) -> Transform:
     """The transform called `name`, or several joined by "+", applied left to right ("invert+rotate90").
 
-    Raises `ValueError` offering the nearest names.
+    A corruption of `cl_kernels.data.corruptions` and its severity is one too ("fog@3"), drawn from the image's own
+    pixels, so the same in every batch. Raises `ValueError` offering the nearest names.
     """
     steps = [_one(part) for part in name.split("+")]
     if len(steps) == 1:
@@ -98,7 +101,20 @@ def get(name: str) -> Transform:
 
 
 def _one(name: str) -> Transform:
+    family, at, severity = name.partition("@")
+    if at:
+        return _corruption(name, family, severity)
     if name not in _TRANSFORMS:
         near = difflib.get_close_matches(name, _TRANSFORMS, n=3, cutoff=0.4) or list(_TRANSFORMS)
         raise ValueError(f"domains: unknown transform {name!r}; nearest: {', '.join(near)}")
     return _TRANSFORMS[name]
+
+
+def _corruption(name: str, family: str, severity: str) -> Transform:
+    strengths = [str(value) for value in corruptions.SEVERITIES]
+    if family not in corruptions.names():
+        near = difflib.get_close_matches(family, corruptions.names(), n=3, cutoff=0.4) or corruptions.names()
+        raise ValueError(f"domains: unknown corruption {family!r} in {name!r}; nearest: {', '.join(near)}")
+    if severity not in strengths:
+        raise ValueError(f"domains: a corruption has a severity of {', '.join(strengths)}, got {name!r}")
+    return lambda images: corruptions.corrupt(images, family, int(severity))

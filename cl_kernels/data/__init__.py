@@ -7,7 +7,18 @@ from a file. Nothing here opens a network connection.
 
 from cl_kernels.data.backbones import Backbone, load_backbone
 from cl_kernels.data.catalog import load, names
+from cl_kernels.data.joined import joined, part_of
 from cl_kernels.data.preprocess import Preprocessing
 from cl_kernels.data.sets import ImageData, ImageSet
 
-__all__ = ["Backbone", "ImageData", "ImageSet", "Preprocessing", "load", "load_backbone", "names"]
+__all__ = [
+    "Backbone",
+    "ImageData",
+    "ImageSet",
+    "Preprocessing",
+    "joined",
+    "load",
+    "load_backbone",
+    "names",
+    "part_of",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 from cl_kernels.data.digits import load_digits
 from cl_kernels.data.external import load_hugging_face, load_torchvision
 from cl_kernels.data.folders import load_folder
+from cl_kernels.data.joined import joined
 from cl_kernels.data.sets import ImageData
 from cl_kernels.data.shards import load_shard
 
@@ -47,7 +48,8 @@ def load(
 
     ``name_or_path``: ``digits``; a folder of class folders (with ``train/`` and ``test/`` or ``val/`` above them, or
     split 75:25 by ``split_seed``); an ``.npz`` shard; ``torchvision:CLASS:ROOT``; ``hf:PATH``; or a name in the folder
-    that the environment variable ``CL_KERNELS_DATA`` gives. ``image_size``: scale and cut every image to that square.
+    that the environment variable ``CL_KERNELS_DATA`` gives; several joined by "+" are one set of all their classes.
+    ``image_size``: scale and cut every image to that square.
     Broken images are left out and counted in ``skipped``, or raise where ``strict``.
 
     Raises ``ValueError`` for an unknown name (the nearest ones are offered), for data without two usable classes, and
@@ -58,6 +60,9 @@ def load(
     if not 0 <= split_seed < 2**63:
         raise ValueError(f"split_seed must lie in 0..2**63-1, got {split_seed}")
     text = os.fspath(name_or_path)
+    if "+" in text and not Path(text).expanduser().exists():
+        parts = [part.strip() for part in text.split("+")]
+        return joined([load(part, split_seed=split_seed, strict=strict, image_size=image_size) for part in parts])
     if text == "digits":
         return load_digits(split_seed=split_seed, image_size=image_size)
     if text.startswith("torchvision:"):

@@ -134,7 +134,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 class ImageData:
     """A training and a test set with the same classes; ``skipped`` counts the broken images that were left out.
 
-    ``test_from``: where the test set comes from, to be read after "the test images are".
+    ``test_from``: where the test set comes from, to be read after "the test images are". ``parts``: of several sets
+    joined into one, the name of each and the number of its first class.
     """
 
     name: str
@@ -143,6 +144,7 @@ class ImageData:
     class_names: list[str]
     skipped: int = 0
     test_from: str = "the test split that came with the data"
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 def held_out(share: float, seed: int) -> str:
