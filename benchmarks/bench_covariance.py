@@ -13,15 +13,19 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
+from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 from torch import Tensor
 
 from cl_kernels import ops
 
-if __package__:
-    from .harness import Case, can_compile, main
-else:
-    from harness import Case, can_compile, main
-
+TABLE = (
+    "head Grams 4x12",
+    "head Grams 256x12",
+    "covariance 25216x768 float32",
+    "covariance 25216x768 bfloat16",
+    "covariance 6304x3072 float32",
+    "covariances 12 layers of 1576x768 float32",
+)
 RATE = {torch.float32: "sgemm", torch.float64: "dgemm", torch.float16: "sgemm", torch.bfloat16: "bf16gemm"}
 CUDA_RATE = {torch.float32: "split3gemm", torch.float64: "dgemm", torch.float16: "bf16gemm", torch.bfloat16: "bf16gemm"}
 CUDA_ERROR = 5e-6  # tensor cores truncate when they add: 7e-7 of the largest eigenvalue between two promotions
@@ -62,11 +66,8 @@ def tf32_gram(x: Tensor) -> Tensor:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def one_layer(n: int, d: int, dtype: torch.dtype, compiled: Callable[[Tensor], Tensor] | None) -> Case:
+@planned("covariance {n}x{d} {dtype}")
+def one_layer(n: int, d: int, dtype: torch.dtype, *, compiled: bool = False) -> Case:
     x = torch.randn(n, d).to(dtype)
     cov = state(d)
     exact = x.double().mT @ x.double()
@@ -78,11 +79,10 @@ def one_layer(n: int, d: int, dtype: torch.dtype, compiled: Callable[[Tensor], T
     if dtype.itemsize == 2:
         variants["torch, X.float() first"] = adding(wide_gram, x)
         tolerance["torch, X.float() first"] = 1e-4
-    if compiled is not None:
-        variants["torch.compile"] = adding(compiled, x)
+    if compiled:
+        variants["torch.compile"] = adding(torch.compile(gram), x)
         tolerance["torch.compile"] = tolerance["torch C += X.T @ X"]
     return Case(
-        f"covariance {n}x{d} {short(dtype)}",
         variants,
         exact,
         tolerance,
@@ -93,6 +93,7 @@ def one_layer(n: int, d: int, dtype: torch.dtype, compiled: Callable[[Tensor], T
     )
 
 
+@planned("covariances {layers} layers of {n}x{d} {dtype}")
 def many_layers(layers: int, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Case:
     xs = [torch.randn(n, d, device=device).to(dtype) for _ in range(layers)]
     covs = [state(d, device) for _ in xs]
@@ -108,7 +109,6 @@ def many_layers(layers: int, n: int, d: int, dtype: torch.dtype, device: str = "
         loop("torch loop, X.float().T @ X.float()", wide_gram, torch.float64)
     cuda = device == "cuda"
     return Case(
-        f"covariances {layers} layers of {n}x{d} {short(dtype)}",
         variants,
         [x.double().mT @ x.double() for x in xs],
         {name: (CUDA_ERROR if name == "ours" else 1e-4) if cuda else 1e-6 for name in variants},
@@ -124,6 +124,7 @@ def triangle(n: int, d: int) -> float:
     return 2.0 * n * TILE * TILE * tiles * (tiles + 1) / 2
 
 
+@planned("covariance {n}x{d} {dtype}")
 def on_gpu(n: int, d: int, dtype: torch.dtype) -> Case:
     """One layer on a GPU, against what torch has there in the same accuracy, and in less."""
     x = torch.randn(n, d, device="cuda").to(dtype)
@@ -136,7 +137,6 @@ def on_gpu(n: int, d: int, dtype: torch.dtype) -> Case:
     variants["torch, tf32 product"] = adding(lambda x: tf32_gram(x.float()), x, torch.float32)
     loose = {"ours": CUDA_ERROR, "torch C += X.T @ X": 1e-2, "torch, tf32 product": 1e-2}
     return Case(
-        f"covariance {n}x{d} {short(dtype)}",
         variants,
         x.double().mT @ x.double(),
         {name: loose.get(name, 1e-4) for name in variants},
@@ -147,6 +147,7 @@ def on_gpu(n: int, d: int, dtype: torch.dtype) -> Case:
     )
 
 
+@planned("head Grams {images}x{heads}x{tokens}x{width} float32")
 def head_grams(
     images: int, heads: int = 12, tokens: int = 197, width: int = 64, device: str = "cpu", *, compiled: bool = False
 ) -> Case:
@@ -185,7 +186,6 @@ def head_grams(
     if compiled:
         variants["torch.compile of batched Grams"] = torch_grams(torch.compile(batched))
     return Case(
-        f"head Grams {images}x{heads}x{tokens}x{width} float32",
         variants,
         exact,
         {name: (2e-6 if device == "cpu" else CUDA_ERROR) if name == "ours" else 1e-4 for name in variants},
@@ -197,6 +197,7 @@ def head_grams(
     )
 
 
+@planned(lambda heads, width: f"expand head Grams {heads}x{width} to {heads * width}")
 def expansion(heads: int = 12, width: int = 64) -> Case:
     d = heads * width
     grams, weight = torch.randn(heads, width, width, dtype=torch.float64), torch.randn(d, d)
@@ -207,7 +208,6 @@ def expansion(heads: int = 12, width: int = 64) -> Case:
         weight.view(heads, width, d).double(),
     )
     return Case(
-        f"expand head Grams {heads}x{width} to {d}",
         {"ours": lambda: ops.expand_head_grams(grams, weight)},
         exact,
         1e-13,
@@ -216,9 +216,8 @@ def expansion(heads: int = 12, width: int = 64) -> Case:
     )
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     can = not quick and can_compile()
-    compiled = torch.compile(gram) if can else None
     yield head_grams(1, heads=2) if quick else head_grams(4, compiled=can)
     if not quick:
         yield head_grams(32)
@@ -229,18 +228,18 @@ def cases(quick: bool) -> Iterable[Case]:
         if dtype == torch.float16 and not quick:
             sizes = [(6304, 384)]  # torch's float16 product takes a second there
         for n, d in sizes:
-            yield one_layer(n, d, dtype, compiled if (n, d) == (6304, 768) else None)
+            yield one_layer(n, d, dtype, compiled=can and (n, d) == (6304, 768))
     if not quick:
-        yield one_layer(6304, 3072, torch.float32, None)
-        yield one_layer(6304, 3072, torch.bfloat16, None)
+        yield one_layer(6304, 3072, torch.float32)
+        yield one_layer(6304, 3072, torch.bfloat16)
     for n, d in [(197, 64)] if quick else [(197, 64), (788, 128), (64, 768), (50_000, 4)]:
         for dtype in (torch.float32, torch.bfloat16):
-            yield one_layer(n, d, dtype, None)
+            yield one_layer(n, d, dtype)
     yield many_layers(2 if quick else 12, 197 if quick else 1576, 128 if quick else 768, torch.bfloat16)
     yield many_layers(2 if quick else 12, 197 if quick else 1576, 128 if quick else 768, torch.float32)
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     """The shapes of a ViT, the plainest first; the largest come last."""
     yield on_gpu(25216, 768, torch.bfloat16)
     yield many_layers(12, 25216, 768, torch.bfloat16, "cuda")
@@ -261,4 +260,4 @@ def cuda_cases(quick: bool) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 from torch import Tensor
 
 from cl_kernels.ops import distillation_loss, dkd_loss, kl_loss, linear_kl_loss
 
-if __package__:
-    from .harness import Case, can_compile, main
-else:
-    from harness import Case, can_compile, main
-
+TABLE = ("two heads 64x20 float32", "two heads 256x100 float32", "two heads 256x1000", "two heads 512x32000 float32")
+TABLE += ("decoupled 256x1000 float32", "linear heads 2048x64")
 ALPHA, T = 0.5, 2.0
 SHAPES = ((64, 20), (256, 100), (256, 1000), (64, 21843), (512, 32000))
 CUDA_SHAPES = ((64, 20), (256, 100), (256, 1000), (1024, 21841), (8192, 32000))
@@ -83,6 +81,7 @@ def step(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], given: Heads)
     return call
 
 
+@planned("two heads {rows}x{columns} {dtype}")
 def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles: bool) -> Case:
     given = heads(rows, columns, dtype, device)
     forms = {"ours": ours, "eager torch": eager, "official": official}
@@ -96,7 +95,6 @@ def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles
     expected = step(eager, (*wide[:3], given[3]))()
     elements, size = rows * columns, given[0].element_size()
     return Case(
-        f"two heads {rows}x{columns} {str(dtype).removeprefix('torch.')}",
         {name: step(form, given) for name, form in forms.items()},
         expected,
         {
@@ -107,6 +105,7 @@ def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles
     )
 
 
+@planned("decoupled {rows}x{columns} float32")
 def decoupled(rows: int, columns: int, device: str) -> Case:
     """DKD as its authors write it, with 1000 subtracted from the target's logit; that is float32's limit."""
     _, s, t, y = heads(rows, columns, torch.float32, device)
@@ -125,7 +124,6 @@ def decoupled(rows: int, columns: int, device: str) -> Case:
 
     exact = s.detach().double().requires_grad_()
     return Case(
-        f"decoupled {rows}x{columns} float32",
         {
             "ours": lambda: gradients(lambda x: dkd_loss(x, t, y), s),
             "official": lambda: gradients(by_hand, s),
@@ -136,6 +134,7 @@ def decoupled(rows: int, columns: int, device: str) -> Case:
     )
 
 
+@planned("linear heads {rows}x{width} -> {columns} float32")
 def linear(rows: int, width: int, columns: int, device: str) -> Case:
     """The KL of two linear heads with the gradients of features and weight: what the logits of all rows cost."""
     x, t = (torch.randn(rows, width, device=device) for _ in range(2))
@@ -159,7 +158,6 @@ def linear(rows: int, width: int, columns: int, device: str) -> Case:
         "eager torch": step(whole),
     }
     return Case(
-        f"linear heads {rows}x{width} -> {columns} float32",
         variants,
         step(whole)(),
         1e-4,
@@ -167,6 +165,7 @@ def linear(rows: int, width: int, columns: int, device: str) -> Case:
     )
 
 
+@planned("kl {rows}x{columns} float32 forward")
 def single(rows: int, columns: int, device: str) -> Case:
     """The KL alone, without a gradient: what a validation step computes."""
     _, s, t, _ = heads(rows, columns, torch.float32, device)
@@ -177,7 +176,6 @@ def single(rows: int, columns: int, device: str) -> Case:
         return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
 
     return Case(
-        f"kl {rows}x{columns} float32 forward",
         {"ours": lambda: kl_loss(s, t, temperature=T), "eager torch": lambda: torchs(s, t)},
         torchs(s.double(), t.double()),
         1e-5,
@@ -185,7 +183,7 @@ def single(rows: int, columns: int, device: str) -> Case:
     )
 
 
-def all_cases(quick: bool, device: str) -> Iterable[Case]:
+def all_cases(quick: bool, device: str) -> Iterable[Plan]:
     compiles = not quick and can_compile()
     if quick:
         for dtype in DTYPES:
@@ -203,13 +201,13 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
     yield linear(2048, 64, 16384, device)
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cpu")
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cuda")
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

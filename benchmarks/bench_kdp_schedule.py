@@ -18,16 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from torch import Tensor, nn
 
 from cl_kernels import methods
 from cl_kernels._timm import import_timm
 from cl_kernels.methods.kdp import KDP
 
-if __package__:
-    from .harness import Case, main
-else:
-    from harness import Case, main
+TABLE = ("kdp task, 6 blocks 192 -> 96, 48 images, 10 epochs",)
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,7 @@ class Schedule:
         return method.logits(method.features(self.task.images[: self.task.batch]))
 
 
+@planned("kdp task, {sizes.name}")
 def one_task(sizes: Sizes, device: str) -> Case:
     schedule = Schedule(sizes, device)
     variants = {
@@ -153,10 +152,10 @@ def one_task(sizes: Sizes, device: str) -> Case:
         "frozen, query shared": lambda: schedule.lean(cached=False),
         "official schedule": schedule.official,
     }
-    return Case(f"kdp task, {sizes.name}", variants, schedule.lean(cached=True), 2e-2)
+    return Case(variants, schedule.lean(cached=True), 2e-2)
 
 
-def all_cases(quick: bool, device: str) -> Iterable[Case]:
+def all_cases(quick: bool, device: str) -> Iterable[Plan]:
     if quick:
         yield one_task(Sizes(32, 64, 2, 16, 12, 2, 6), device)
         yield one_task(Sizes(32, 64, 1, 16, 12, 1, 12), device)
@@ -164,13 +163,13 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
     yield one_task(Sizes(), device)
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cpu")
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cuda")
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

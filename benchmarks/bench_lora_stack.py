@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from torch import Tensor
 from torch.nn import functional as F
 
 from cl_kernels._timm import import_timm
 from cl_kernels.nn import LoRAStack
 
-if __package__:
-    from .harness import Case, main
-else:
-    from harness import Case, main
-
+TABLE = (
+    "layers of a block, 10 tasks",
+    "forward of one image",
+    "penalty of a block, 10 tasks",
+)
+SHAPE = "vit-b16"
 RANK = 16
 TOKENS = 197
 
@@ -87,6 +89,7 @@ class Block:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@planned("layers of a block, {tasks} tasks, {images} images")
 def layers(tasks: int, images: int, device: str) -> Case:
     block = Block(tasks, images, device)
     variants = {
@@ -97,7 +100,6 @@ def layers(tasks: int, images: int, device: str) -> Case:
     right = variants["official rebuild"]()
     base = sum(layer.base.weight.numel() for layer in block.layers.values())
     return Case(
-        f"layers of a block, {tasks} tasks, {images} images",
         variants,
         {"ours": right, "official rebuild": right, "frozen layers alone": variants["frozen layers alone"]()},
         1e-4,
@@ -106,6 +108,7 @@ def layers(tasks: int, images: int, device: str) -> Case:
     )
 
 
+@planned("forward of one image, {tasks} tasks")
 def one_image(tasks: int, device: str) -> Case:
     """Evaluation image by image, as the official code does it: W is formed again for each."""
     block = Block(tasks, 1, device)
@@ -121,9 +124,10 @@ def one_image(tasks: int, device: str) -> Case:
     }
     right = run(block.official)
     expected = {"ours": right, "official rebuild": right, "frozen layers alone": run(block.frozen)}
-    return Case(f"forward of one image, {tasks} tasks", variants, expected, 1e-4)
+    return Case(variants, expected, 1e-4)
 
 
+@planned("penalty of a block, {tasks} tasks")
 def penalty(tasks: int, device: str) -> Case:
     """The orthogonality term of the block's six positions and its gradient; `bench_orthogonal_qr` has all twelve."""
     block = Block(tasks, 1, device)
@@ -141,10 +145,10 @@ def penalty(tasks: int, device: str) -> Case:
         value = torch.stack(terms).sum()
         return [value.detach(), *torch.autograd.grad(value, downs)]
 
-    return Case(f"penalty of a block, {tasks} tasks", {"ours": ours, "official": official}, official(), 1e-4)
+    return Case({"ours": ours, "official": official}, official(), 1e-4)
 
 
-def all_cases(quick: bool, device: str) -> Iterable[Case]:
+def all_cases(quick: bool, device: str) -> Iterable[Plan]:
     if quick:
         yield layers(2, 1, device)
         yield one_image(2, device)
@@ -158,13 +162,13 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
         yield penalty(tasks, device)
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cpu")
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cuda")
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

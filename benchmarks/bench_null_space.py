@@ -14,19 +14,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks import spectra
+from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned, short
 from torch import Tensor
 
 from cl_kernels import ops
 from cl_kernels.ops import Projector, rules
 from cl_kernels.ops.null_space import spectral
 
-if __package__:
-    from . import spectra
-    from .harness import Case, can_compile, main
-else:
-    import spectra
-    from harness import Case, can_compile, main
-
+TABLE = (
+    "projectors 12x768 float32, vit-like",
+    "projectors 12x768 float32, rank 64",
+    "projectors 12x384 float32",
+    "projectors 12x4 float32",
+    "symmetric_eigh 768 float32",
+)
 LIMITS = {"leak": 1e-2, "|PCP|/tau": 1.05, "lost": 1e-3}
 
 
@@ -58,6 +60,11 @@ def dense(output: Projector | Tensor) -> Tensor:
     return output.matrix() if isinstance(output, Projector) else output
 
 
+def title(count: int, d: int, spectrum: str, dtype: torch.dtype, **_: Any) -> str:
+    return f"projectors {count}x{d} {short(dtype)}, {spectrum}, {spectra.SPECTRA[spectrum](d)[1]} protected"
+
+
+@planned(title)
 def projectors(
     count: int,
     d: int,
@@ -65,11 +72,11 @@ def projectors(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     *,
-    short: bool = False,
+    brief: bool = False,
     compiled: bool = False,
     slow: bool = False,
 ) -> Case:
-    """Projectors of `count` covariances that share a spectrum and nothing else; `short` leaves out near repetitions."""
+    """Projectors of `count` covariances that share a spectrum and nothing else; `brief` leaves out near repetitions."""
     values, cut = spectra.SPECTRA[spectrum](d)
     threshold = spectra.threshold(values, cut)
     exact = torch.stack([spectra.matrix(values, seed) for seed in range(count)]).to(device)
@@ -99,7 +106,7 @@ def projectors(
         "ours: log_odds_filter": lambda: ops.log_odds_filter(covs, tau).projector,
         "filter in torch operations": lambda: filter_in_torch(covs, tau),
     }
-    if short:
+    if brief:
         hard.pop("eigh loop, dense")
         soft.pop("ours: solver='filter'")
         soft.pop("ours: solver='filter', rank rule")
@@ -116,7 +123,6 @@ def projectors(
         return lambda found: max(measure(found[i], exact[i], threshold) for i in ends)
 
     return Case(
-        f"projectors {count}x{d} {str(dtype).removeprefix('torch.')}, {spectrum}, {cut} protected",
         {**hard, **soft},
         {name: wanted if name in hard else smooth for name in (*hard, *soft)},
         float("inf"),
@@ -128,15 +134,14 @@ def projectors(
         measures={"leak": worst(spectra.leak), "|PCP|/tau": worst(spectra.excess), "lost": worst(spectra.lost)},
         limits=LIMITS,
         limited=tuple(name for name in (*hard, *soft) if name.startswith("ours")),
-        slow=slow,
     )
 
 
+@planned("symmetric_eigh {d} {dtype}")
 def verification(d: int, dtype: torch.dtype) -> Case:
     """What the probes and the ladder add to one eigh."""
     cov = spectra.matrix(spectra.SPECTRA["power law"](d)[0]).to(dtype)
     return Case(
-        f"symmetric_eigh {d} {str(dtype).removeprefix('torch.')}",
         {"ours": lambda: ops.symmetric_eigh(cov)[0], "bare eigh": lambda: torch.linalg.eigh(cov)[0].flip(0)},
         torch.linalg.eigvalsh(cov.double()).flip(0),
         1e-5,
@@ -145,7 +150,7 @@ def verification(d: int, dtype: torch.dtype) -> Case:
     )
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     if quick:
         yield projectors(2, 48, "power law")
         yield projectors(2, 48, dtype=torch.float64)
@@ -153,9 +158,9 @@ def cases(quick: bool) -> Iterable[Case]:
         return
     yield projectors(12, 768, compiled=can_compile())
     for spectrum in list(spectra.SPECTRA)[1:]:
-        yield projectors(12, 768, spectrum, short=True)
+        yield projectors(12, 768, spectrum, brief=True)
     yield projectors(1, 768)
-    yield projectors(2, 768, dtype=torch.float64, short=True)
+    yield projectors(2, 768, dtype=torch.float64, brief=True)
     for count, d in ((12, 384), (12, 192), (12, 4)):
         yield projectors(count, d)
     yield projectors(24, 1024, slow=True)
@@ -164,7 +169,7 @@ def cases(quick: bool) -> Iterable[Case]:
         yield verification(768, dtype)
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     """The smallest first; in 12x3072 the official loop alone takes minutes."""
     if quick:
         yield projectors(2, 128, device="cuda")
@@ -173,10 +178,10 @@ def cuda_cases(quick: bool) -> Iterable[Case]:
     yield projectors(12, 768, device="cuda", compiled=can_compile())
     yield projectors(1, 768, device="cuda")
     for spectrum in list(spectra.SPECTRA)[1:]:
-        yield projectors(12, 768, spectrum, device="cuda", short=True)
+        yield projectors(12, 768, spectrum, device="cuda", brief=True)
     yield projectors(24, 1024, device="cuda")
     yield projectors(12, 3072, device="cuda", slow=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

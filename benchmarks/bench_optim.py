@@ -7,25 +7,26 @@ is the bandwidth yardstick.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks.bench_projection import EMBEDDED_RANKS, EMBEDDED_SHAPES, MODELS
+from cl_kernels.benchmarks.counting import count
+from cl_kernels.benchmarks.harness import Case, Plan, main, planned
+from cl_kernels.benchmarks.step_variants import Step, basis
 from torch import Tensor, nn
 
 from cl_kernels.ops import Projector, use_backend
 from cl_kernels.optim import ProjectedAdamW, project_updates
 
-if __package__:
-    from .bench_projection import EMBEDDED_RANKS, EMBEDDED_SHAPES, MODELS
-    from .harness import Case, main
-    from .step_variants import Step, basis, count
-else:
-    from bench_projection import EMBEDDED_RANKS, EMBEDDED_SHAPES, MODELS
-    from harness import Case, main
-    from step_variants import Step, basis, count
-
+TABLE = (
+    "optimizer step, embedded model",
+    "optimizer step, ViT-B/16 prompts M=4, rank 64",
+    "optimizer step, 2 blocks of ViT-B/16, rank 64",
+)
 Store = dict[str, Any]
 _LAYERS = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}  # output and input in units of the width
 
@@ -121,8 +122,10 @@ def any_optimizer(net: nn.Module, store: Store) -> Step:
     return stepper(net, optimizer)
 
 
-def optimizer_case(name: str, made: tuple[nn.Module, Store], device: str, *, loops: bool = True) -> Case:
-    model, store = made[0].to(device), _on(made[1], device)
+@planned("optimizer step, {name}")
+def optimizer_case(name: str, make: Callable[[], tuple[nn.Module, Store]], device: str, *, loops: bool = True) -> Case:
+    model, store = make()
+    model, store = model.to(device), _on(store, device)
     grads = [torch.randn_like(p) for p in model.parameters()]
 
     def variant(make: Callable[[nn.Module], Step]) -> Step:
@@ -149,7 +152,7 @@ def optimizer_case(name: str, made: tuple[nn.Module, Store], device: str, *, loo
     elements = sum(p.numel() for p in model.parameters())
     notes = {"parameters": elements, "tensors": len(grads), "launches" if device == "cuda" else "dispatched": counted}
     return Case(
-        name, {kind: variant(make) for kind, make in makers.items()}, exact, tolerance, bytes_moved=28.0 * elements,
+        {kind: variant(make) for kind, make in makers.items()}, exact, tolerance, bytes_moved=28.0 * elements,
         notes=notes,
     )  # fmt: skip
 
@@ -161,27 +164,28 @@ def _on(store: Store, device: str) -> Store:
     return moved
 
 
-def all_cases(quick: bool, device: str) -> Iterable[Case]:
-    yield optimizer_case("optimizer step, embedded model", embedded(), device)
+def all_cases(quick: bool, device: str) -> Iterable[Plan]:
+    yield optimizer_case("embedded model", embedded, device)
     if quick:
         return
     for model, (layers, d) in MODELS.items():
         for m in (4, 10, 100):
-            made = prompt_set(layers, m, d, 64)
-            yield optimizer_case(f"optimizer step, {model} prompts M={m}, rank 64", made, device)
-        yield optimizer_case(f"optimizer step, LoRA of {model}, rank 64", lora_set(layers, d, 64), device, loops=False)
+            make = functools.partial(prompt_set, layers, m, d, 64)
+            yield optimizer_case(f"{model} prompts M={m}, rank 64", make, device)
+        make = functools.partial(lora_set, layers, d, 64)
+        yield optimizer_case(f"LoRA of {model}, rank 64", make, device, loops=False)
         many = layers if device == "cuda" else 2
-        name = f"optimizer step, {many} blocks of {model}, rank 64"
-        yield optimizer_case(name, weight_set(many, d, 64), device, loops=False)
+        make = functools.partial(weight_set, many, d, 64)
+        yield optimizer_case(f"{many} blocks of {model}, rank 64", make, device, loops=False)
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cpu")
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cuda")
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

@@ -12,15 +12,18 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from torch import Tensor
 
 from cl_kernels.ops import extend_basis, orthogonality_penalty, qr
 
-if __package__:
-    from .harness import Case, main
-else:
-    from harness import Case, main
-
+TABLE = (
+    "extend_basis",
+    "penalty 72 matrices",
+    "qr 48x768x16 condition 1e+01",
+    "qr 24x768x64 condition 1e+01 forward",
+    "qr 96x768x4 condition 1e+07 forward",
+)
 SHAPES = ((48, 768, 16), (24, 768, 64), (96, 768, 4), (24, 768, 160), (48, 3072, 64), (24, 4096, 160))
 KINDS: tuple[float | str, ...] = (10.0, 1e4, 1e7, "zero column", "duplicate column")
 Factors = tuple[Tensor, Tensor]
@@ -74,6 +77,11 @@ class _Product:
         return float((self.q.mT @ self.q - eye).norm(dim=(-2, -1)).max())
 
 
+def title(shape: tuple[int, int, int], kind: float | str, what: str) -> str:
+    return f"qr {'x'.join(map(str, shape))} {kind if isinstance(kind, str) else f'condition {kind:.0e}'} {what}"
+
+
+@planned(lambda shape, kind, device: title(shape, kind, "forward"))
 def forward(shape: tuple[int, int, int], kind: float | str, device: str) -> Case:
     a = matrices(shape, kind).to(device)
     batch, m, n = shape
@@ -81,7 +89,6 @@ def forward(shape: tuple[int, int, int], kind: float | str, device: str) -> Case
     factorings = {"ours": qr, "linalg.qr": torch_qr, "geqrf + householder_product": two_halves}
     factorings["CholeskyQR2 in torch"] = cholesky_qr2
     return Case(
-        f"qr {batch}x{m}x{n} {_name(kind)} forward",
         {name: lambda f=f: f(a) for name, f in factorings.items()},
         [a.double()],
         {"ours": 2e-6, "linalg.qr": 1e-5, "geqrf + householder_product": 1e-5, "CholeskyQR2 in torch": math.inf},
@@ -93,6 +100,7 @@ def forward(shape: tuple[int, int, int], kind: float | str, device: str) -> Case
     )
 
 
+@planned(lambda shape, kind, device: title(shape, kind, "forward + backward"))
 def with_gradient(shape: tuple[int, int, int], kind: float | str, device: str) -> Case:
     """Loss <gQ, Q> + <gR, R>; where LAPACK's signs differ from ours, its gQ and gR do too, and gA is the same."""
     a = matrices(shape, kind).to(device).requires_grad_()
@@ -119,7 +127,6 @@ def with_gradient(shape: tuple[int, int, int], kind: float | str, device: str) -
     if isinstance(kind, float) and kind <= 1e5:  # float32 rounds at 1e7: with four columns the rank counts as deficient
         tolerance["ours"] = 2e-6 + 2e-8 * kind
     return Case(
-        f"qr {batch}x{m}x{n} {_name(kind)} forward + backward",
         variants,
         expected,
         tolerance,
@@ -130,6 +137,7 @@ def with_gradient(shape: tuple[int, int, int], kind: float | str, device: str) -
     )
 
 
+@planned("extend_basis 24x768x(144 + 16)")
 def extension(device: str) -> Case:
     """The tenth task of rank 16 for 24 matrices: nine old ones are orthonormal already."""
     old = torch.linalg.qr(torch.randn(24, 768, 144, dtype=torch.float64)).Q.float().to(device)
@@ -146,7 +154,6 @@ def extension(device: str) -> Case:
 
     wide = torch.linalg.qr(torch.cat([old, new], -1).double()).Q[..., 144:]
     return Case(
-        "extend_basis 24x768x(144 + 16)",
         {
             "ours": lambda: (lambda q: q @ q.mT)(extend_basis(old, new).q),
             "linalg.qr of all": whole,
@@ -159,6 +166,7 @@ def extension(device: str) -> Case:
     )
 
 
+@planned(lambda tasks, rank, device: f"penalty 72 matrices, rank {rank}, task {tasks + 1}")
 def penalty(tasks: int, rank: int, device: str) -> Case:
     """60 matrices 768 x r and 12 of 3072 x r, the penalty and its gradient."""
     sizes = ((60, 768), (12, 3072))
@@ -187,7 +195,6 @@ def penalty(tasks: int, rank: int, device: str) -> Case:
 
     work = sum(count * m * rank * (4 * tasks * rank + 4 * rank) for count, m in sizes)
     return Case(
-        f"penalty 72 matrices, rank {rank}, task {tasks + 1}",
         {"ours": lambda: ours(True), "ours, past computed": lambda: ours(False), "official loop": official},
         official(),
         1e-4,
@@ -196,11 +203,7 @@ def penalty(tasks: int, rank: int, device: str) -> Case:
     )
 
 
-def _name(kind: float | str) -> str:
-    return kind if isinstance(kind, str) else f"condition {kind:.0e}"
-
-
-def all_cases(quick: bool, device: str) -> Iterable[Case]:
+def all_cases(quick: bool, device: str) -> Iterable[Plan]:
     if quick:
         yield forward((6, 768, 16), 10.0, device)
         yield forward((6, 768, 4), "zero column", device)
@@ -216,13 +219,13 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
             yield with_gradient(shape, kind, device)
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cpu")
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cuda")
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

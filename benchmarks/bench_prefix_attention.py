@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,11 +24,14 @@ from cl_kernels._timm import import_timm
 from cl_kernels.nn import PromptedViT
 from cl_kernels.ops import prefix_attention, use_backend
 
-if __package__:
-    from .harness import Case, can_compile, main
-else:
-    from harness import Case, can_compile, main
-
+TABLE = (
+    "VPT-deep ViT width 384",
+    "prefix attention 8x6, 197 tokens of 64 + 100 shared, float32, forward + backward",
+    "prefix attention 8x6, 197 tokens of 64 + 100 shared, float32, prefix alone",
+    "prefix attention 64x6, 2 queries of 198 tokens of 64 + 53 shared, float32, forward + backward",
+    "prefix attention 64x6, 17 tokens of 64",
+)
+SHAPE = "vit-s16"
 FORWARD, ALL, PREFIX = "forward", "forward + backward", "prefix alone, forward + backward"
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
@@ -79,6 +83,7 @@ def tensors(sizes: Sizes, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [q, k, v, heads(owners, sizes.prefix), heads(owners, sizes.prefix)]
 
 
+@planned("prefix attention {sizes.name}, {dtype}, {what}")
 def attention(
     sizes: Sizes, what: str, device: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False
 ) -> Case:
@@ -104,7 +109,6 @@ def attention(
     moved = {FORWARD: 2 * queries + 2 * keys, ALL: 6 * queries + 6 * keys, PREFIX: 5 * queries + 2 * keys}[what]
     extra = {FORWARD: 0, ALL: 10 * m, PREFIX: 8 * sizes.prefix}[what]
     return Case(
-        f"prefix attention {sizes.name}, {str(dtype)[6:]}, {what}",
         {name: lambda form=form: call(form, given, trained) for name, form in forms.items()},
         expected,
         TOLERANCE[dtype],
@@ -114,6 +118,12 @@ def attention(
     )
 
 
+def model_title(width: int, depth: int, images: int, prompts: int, size: int, **_: str) -> str:
+    rows = (size // 16) ** 2 + 1
+    return f"VPT-deep ViT width {width}, {depth} blocks, {images} images of {rows} rows, {prompts} prompts"
+
+
+@planned(model_title)
 def vpt_deep(width: int, depth: int, images: int, prompts: int, size: int, device: str) -> Case:
     """A frozen timm ViT with patches of 16 and prompts in every block: the feature and the gradients of all prompts."""
     import_timm()
@@ -143,7 +153,6 @@ def vpt_deep(width: int, depth: int, images: int, prompts: int, size: int, devic
     linear = 24 * rows * width**2
     scores = rows * (rows + prompts) * width
     return Case(
-        f"VPT-deep ViT width {width}, {depth} blocks, {images} images of {rows} rows, {prompts} prompts",
         {
             "ours": lambda: step(PromptedViT.forward, model, x),
             "prompts as rows": lambda: step(as_rows, model, x),
@@ -155,7 +164,7 @@ def vpt_deep(width: int, depth: int, images: int, prompts: int, size: int, devic
     )
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     if quick:
         for what in (FORWARD, ALL, PREFIX):
             yield attention(Sizes(2, 3, 17, 17, 5), what, "cpu")
@@ -174,7 +183,7 @@ def cases(quick: bool) -> Iterable[Case]:
     yield attention(Sizes(8, 6, 197, 197, 50), ALL, "cpu", torch.bfloat16)
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     compiled = not quick and can_compile()
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
@@ -189,4 +198,4 @@ def cuda_cases(quick: bool) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from torch import Tensor
 
 from cl_kernels import CovarianceCollector
 from cl_kernels._timm import import_timm
 from cl_kernels.nn import PromptedViT
 
-if __package__:
-    from .harness import Case, main
-else:
-    from harness import Case, main
+TABLE = ("prompt statistics, embedded", "input statistics of every linear, embedded", "inputs of the linears")
 
 
 def vit(width: int, depth: int, heads: int, size: int, patch: int) -> torch.nn.Module:
@@ -36,6 +34,22 @@ def vit(width: int, depth: int, heads: int, size: int, patch: int) -> torch.nn.M
     ).eval()
 
 
+class Setting(NamedTuple):
+    """A model by its sizes, and how many images it sees at once."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    size: int
+    patch: int
+    images: int
+
+    def made(self) -> tuple[torch.nn.Module, Tensor]:
+        model = vit(self.width, self.depth, self.heads, self.size, self.patch)
+        return model, torch.randn(self.images, 3, self.size, self.size)
+
+
 def passes(model: torch.nn.Module, images: Tensor, batches: int = 4) -> Tensor:
     """Several batches, because a collector is entered once a task and not once a batch; the last features."""
     for _ in range(batches - 1):
@@ -43,7 +57,9 @@ def passes(model: torch.nn.Module, images: Tensor, batches: int = 4) -> Tensor:
     return model(images)
 
 
-def prompt_pass(name: str, backbone: torch.nn.Module, images: Tensor, prompts: int = 4) -> Case:
+@planned("prompt statistics, {setting.name}")
+def prompt_pass(setting: Setting, prompts: int = 4) -> Case:
+    backbone, images = setting.made()
     model = PromptedViT(backbone, prompts=prompts)
     collector = CovarianceCollector(model, what="prompt")
 
@@ -69,14 +85,16 @@ def prompt_pass(name: str, backbone: torch.nn.Module, images: Tensor, prompts: i
         return passes(model, images)
 
     return Case(
-        f"prompt statistics, {name}",
         {"ours": gathering, "forward alone": plain, "official: J1 expanded": official},
         plain(),
         1e-6,
     )
 
 
-def input_pass(name: str, backbone: torch.nn.Module, images: Tensor) -> Case:
+@planned("input statistics of every linear, {setting.name}")
+def input_pass(setting: Setting) -> Case:
+    backbone, images = setting.made()
+
     def gathering(row_dtype: torch.dtype | None) -> Callable[[], Tensor]:
         collector = CovarianceCollector(backbone, "linear", row_dtype=row_dtype)
 
@@ -107,7 +125,6 @@ def input_pass(name: str, backbone: torch.nn.Module, images: Tensor) -> Case:
                 handle.remove()
 
     return Case(
-        f"input statistics of every linear, {name}",
         {
             "ours": gathering(None),
             "ours, row_dtype=bfloat16": gathering(torch.bfloat16),
@@ -119,6 +136,7 @@ def input_pass(name: str, backbone: torch.nn.Module, images: Tensor) -> Case:
     )
 
 
+@planned("inputs of the linears of {blocks} blocks, {rows} rows, width {width}")
 def block_inputs(rows: int, width: int, blocks: int) -> Case:
     """The inputs of the linears of a few blocks, as one batch brings them, without the model's own memory around."""
     narrow, wide = torch.randn(rows, width), torch.randn(rows, 4 * width)
@@ -157,7 +175,6 @@ def block_inputs(rows: int, width: int, blocks: int) -> Case:
     }
     state = {name: numbers * (8 if name.startswith("ours") else 4) for name in variants}
     return Case(
-        f"inputs of the linears of {blocks} blocks, {rows} rows, width {width}",
         variants,
         [exact[id(x)] for _, x in layers],
         {name: 1e-6 if name == "ours" else 1e-2 for name in variants},
@@ -168,16 +185,16 @@ def block_inputs(rows: int, width: int, blocks: int) -> Case:
     )
 
 
-def cases(quick: bool) -> Iterable[Case]:
-    embedded = (vit(128, 4, 4, 32, 8), torch.randn(20 if quick else 100, 3, 32, 32))
-    yield prompt_pass("embedded model", *embedded)
-    yield input_pass("embedded model", *embedded)
+def cases(quick: bool) -> Iterable[Plan]:
+    embedded = Setting("embedded model", 128, 4, 4, 32, 8, 20 if quick else 100)
+    yield prompt_pass(embedded)
+    yield input_pass(embedded)
     yield block_inputs(788, 64, 2) if quick else block_inputs(25216, 768, 1)
     if not quick:
-        small = (vit(384, 2, 6, 224, 16), torch.randn(8, 3, 224, 224))
-        yield prompt_pass("two blocks of ViT-S/16", *small)
-        yield input_pass("two blocks of ViT-S/16", *small)
+        small = Setting("two blocks of ViT-S/16", 384, 2, 6, 224, 16, 8)
+        yield prompt_pass(small)
+        yield input_pass(small)
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases))
+    sys.exit(main(__name__))

@@ -16,44 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks.counting import Counter, count
+from cl_kernels.benchmarks.ftp_variants import (
+    BETA1,
+    BETA2,
+    EPS,
+    MOMENTUM,
+    Official,
+    State,
+    Step,
+    layers,
+    torch_optimizer,
+    total,
+    vectorised,
+)
+from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 
 from cl_kernels.ops import weight_projection as wp
 
-if __package__:
-    from .ftp_variants import (
-        BETA1,
-        BETA2,
-        EPS,
-        MOMENTUM,
-        Counter,
-        Official,
-        State,
-        Step,
-        layers,
-        torch_optimizer,
-        total,
-        vectorised,
-    )
-    from .harness import Case, can_compile, main
-    from .step_variants import count
-else:
-    from ftp_variants import (
-        BETA1,
-        BETA2,
-        EPS,
-        MOMENTUM,
-        Counter,
-        Official,
-        State,
-        Step,
-        layers,
-        torch_optimizer,
-        total,
-        vectorised,
-    )
-    from harness import Case, can_compile, main
-    from step_variants import count
-
+TABLE = (
+    "FTPAdamW step, 4 blocks of ViT-B/16",
+    "FTPAdamW step, ViT-B/16, 30% projected",
+    "FTPAdamW step, ResNet-50, 30% projected",
+    "FTPSGD step, 4 blocks of ViT-B/16, 30% projected",
+)
 SHARES = (0.0, 0.3, 1.0)
 SMALL, GOAL = "2 blocks of width 128", "4 blocks of ViT-B/16"
 NEEDED = {"ViT-B/16": 86e6, "ViT-L/16": 303e6}  # parameters of what may not fit
@@ -116,6 +102,11 @@ def variants(s: State, *, compile_too: bool) -> tuple[dict[str, Step], dict[str,
     return steps, {name: shared + kept.get(name, 0) for name in steps}
 
 
+def title(model: str, share: float, base: str, **_: Any) -> str:
+    return f"{'FTPAdamW' if base == 'adam' else 'FTPSGD'} step, {model}, {share:.0%} projected"
+
+
+@planned(title)
 def step_case(model: str, share: float, device: str, *, base: str = "adam", compile_too: bool = False) -> Case:
     """`expected` is one step of the official recurrence in float64; `read` gives what moved since the anchor."""
     s = layers(model, share, device, base)
@@ -138,7 +129,6 @@ def step_case(model: str, share: float, device: str, *, base: str = "adam", comp
     notes["share projected"] = round(found, 4)
     bare = {name: name.startswith(("AdamW", "SGD")) for name in steps}
     return Case(
-        f"{'FTPAdamW' if base == 'adam' else 'FTPSGD'} step, {model}, {share:.0%} projected",
         {name: s.fresh(step) for name, step in steps.items()},
         expected,
         {name: float("inf") if bare[name] else 1e-5 for name in steps},
@@ -176,7 +166,7 @@ def free_memory() -> float:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-def all_cases(quick: bool, device: str) -> Iterable[Case]:
+def all_cases(quick: bool, device: str) -> Iterable[Plan]:
     if quick:
         yield step_case(SMALL, 0.3, device)
         yield step_case(SMALL, 0.3, device, base="sgd")
@@ -188,13 +178,13 @@ def all_cases(quick: bool, device: str) -> Iterable[Case]:
         yield step_case(model, 0.3, device, base="sgd")
 
 
-def cases(quick: bool) -> Iterable[Case]:
+def cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cpu")
 
 
-def cuda_cases(quick: bool) -> Iterable[Case]:
+def cuda_cases(quick: bool) -> Iterable[Plan]:
     return all_cases(quick, "cuda")
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, cases, cuda_cases))
+    sys.exit(main(__name__))

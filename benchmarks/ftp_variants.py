@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import hardtanh
 from torch.optim.adam import adam
-from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Counter", "State", "Step", "layers", "official", "parameter_list", "rows", "torch_optimizer", "vectorised"]
+__all__ = ["State", "Step", "layers", "official", "parameter_list", "rows", "torch_optimizer", "vectorised"]
 
 LR, BETA1, BETA2, EPS, MOMENTUM, FLOOR = 5e-7, 0.9, 0.999, 1e-8, 0.9, 1e-8
 RADIUS_BETA1, RADIUS_BETA2 = 0.9, 0.999
@@ -313,49 +312,6 @@ def torch_optimizer(s: State, **options: bool) -> Step:
         adam_state = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         optimizer.state[p] = {"momentum_buffer": m} if s.base == "sgd" else adam_state
     return s.fresh(optimizer.step)
-
-
-class Counter(TorchDispatchMode):
-    """Counts what one step hands to torch: operations that are no views, waits for the device, bytes they move."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.waits = 0
-        self.moved = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        returned = [r.alias_info for r in func._schema.returns]
-        if any(alias is not None and not alias.is_write for alias in returned):
-            return result  # a view
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            self.waits += 1
-        self.operations += 1
-        inputs = list(_tensors((args, kwargs or {})))
-        specs = zip(args, func._schema.arguments, strict=False)
-        # The fused optimizers' schemas say that they write gradients, which they do only with a gradient scale.
-        written = [a for a, spec in specs if spec.alias_info is not None and spec.name != "grads"]
-        fresh = [] if any(alias is not None for alias in returned) else list(_tensors(result))
-        self.moved += sum(t.nbytes for t in [*inputs, *_tensors(written), *fresh])
-        return result
-
-    @classmethod
-    def of(cls, step: Step) -> Counter:
-        """The counts of a step that has run before."""
-        step()
-        with cls() as counter:
-            step()
-        return counter
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def total(tensors: Iterable[Tensor]) -> int:

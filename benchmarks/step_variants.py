@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
-from torch.profiler import ProfilerActivity, profile
 
 from cl_kernels.ops import Projector, projected_adam_step_, use_backend
 from cl_kernels.ops.projection import side_of, step_
 
-__all__ = ["State", "Step", "basis", "competitors", "count", "expected"]
+__all__ = ["State", "Step", "basis", "competitors", "expected"]
 
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
 FULL = -1  # as a rank: a dense projector, d x d
@@ -240,18 +239,6 @@ def competitors(s: State, *, compile_too: bool, loops: bool = True) -> dict[str,
     found["AdamW foreach, no projection"] = lambda s: adamw(s, foreach=True)
     found["AdamW fused, no projection"] = lambda s: adamw(s, fused=True)
     return found
-
-
-def count(step: Step, device: str) -> int:
-    """Kernel launches of a step on a GPU; on the CPU, operations that the host hands to torch."""
-    step()
-    cuda = device == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
-        step()
-    if cuda:
-        kinds = torch.autograd.DeviceType.CUDA
-        return sum(event.device_type == kinds for event in recorded.events())
-    return sum(event.cpu_parent is None and "::" in event.name for event in recorded.events())
 
 
 def expected(s: State) -> list[Tensor]:
