@@ -14,16 +14,15 @@ from typing import Any
 
 from cl_kernels.errors import BackendUnavailableError
 
-__all__ = ["DARK", "LIGHT", "MARKERS", "TEMPLATES", "render", "script_hash"]
+__all__ = ["DARK", "LIGHT", "TEMPLATES", "render", "script_hash"]
 
 TEMPLATES = Path(__file__).parent
 
-# One colour a series, for the light and for the dark page: Okabe and Ito's hues, darkened or lightened until each has
-# at least 3:1 against its page (WCAG 1.4.11; as published, three of them have 2.2 to 2.9 on white). Hues that the
-# common colour blindnesses confuse differ in lightness; markers repeat the distinction without colour.
-LIGHT = ("#0067ad", "#c34700", "#00785a", "#a8447f", "#7d5c00", "#5a6068", "#2585bd", "#6a42b5")
-DARK = ("#5ab0f0", "#f2853a", "#3ecfa0", "#f0a3d3", "#e9bd3f", "#aab2bc", "#9bdcff", "#b79cf2")
-MARKERS = ("circle", "square", "triangle", "diamond", "wedge", "plus", "cross", "hexagon")
+# One colour a series, for the light and for the dark page: Okabe and Ito's hues (blue, vermilion, green, purple, ochre,
+# grey, sky, violet), moved in lightness until each has 3:1 against its page (WCAG 1.4.11; as published, three of them
+# have 2.2 to 2.9 on white) and any two differ by 12 in CIELAB also without red or green cones. Markers repeat it.
+LIGHT = ("#0a4590", "#a03c00", "#0e9f74", "#d44fae", "#a08a10", "#3c4046", "#2a8fd6", "#4a22a8")
+DARK = ("#3f9cf5", "#d9622b", "#4de8ac", "#e89be2", "#e8d84a", "#858a91", "#c3e2f5", "#8a5cf0")
 
 
 def render(folder: Path, template: str, /, *, autoescape: bool = True, script: str = "", **values: Any) -> str:

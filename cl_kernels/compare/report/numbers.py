@@ -29,9 +29,10 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}".replace("-", "−")
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
-    return f"{rounded:,.{max(0, places)}f}".replace("-", "−")
+    value = float(f"{value:.{digits - 1}e}")  # rounded first: 9.999 has a digit less before the point than 10.0
+    if abs(value) >= 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}".replace("-", "−")
 
 
 def count(value: float | None) -> str:

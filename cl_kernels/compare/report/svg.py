@@ -21,7 +21,7 @@ _LETTER = 8.2  # units a letter of a tick's label takes on the narrowest page
 _MANY = 24  # marks of a line; with more, every so many carry a value
 
 # Outlines about the origin, of nearly equal area.
-_SHAPES = {
+SHAPES = {
     "circle": '<circle r="4.2"/>',
     "square": '<path d="M-3.8-3.8H3.8V3.8H-3.8Z"/>',
     "triangle": '<path d="M0-5 4.8 3.6H-4.8Z"/>',
@@ -31,7 +31,7 @@ _SHAPES = {
     "cross": '<path transform="rotate(45)" d="M-1.7-5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z"/>',
     "hexagon": '<path d="M-4.8 0-2.4-4.2H2.4L4.8 0 2.4 4.2H-2.4Z"/>',
 }
-_NAMES = tuple(_SHAPES)
+_NAMES = tuple(SHAPES)
 INK = -1  # the slot of what is no arm
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
@@ -245,7 +245,7 @@ def _mark(one: Series, mark: Mark, x: Axis, y: Axis) -> str:
 
 
 def _shape(slot: int) -> str:
-    return _SHAPES[_NAMES[max(slot, 0) % len(_NAMES)]]
+    return SHAPES[_NAMES[max(slot, 0) % len(_NAMES)]]
 
 
 def _colour(one: Series) -> str:
