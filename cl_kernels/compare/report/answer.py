@@ -16,20 +16,18 @@ PLACES = ("1x", "2x", "5x")
 
 
 def confidence(arms: Arms) -> str:
-    """How sure the verdict is, in one sentence, from the interval at the size of the data."""
-    given = arms.decision.get("confidence")
-    if isinstance(given, str) and given:
-        return given
-    now = (arms.decision.get("at") or {}).get("1x") or {}
+    """How sure the verdict is: its interval, and how many re-draws agree."""
+    now = _at(arms, "1x")
     low, high = n.value_of(now, "low"), n.value_of(now, "high")
-    mean = n.value_of(now, "gap")
-    if low is None or high is None or mean is None:
-        return "No interval could be computed: see what is missing, at the end."
-    where = f"with your {n.count(now.get('size'))} training images"
-    ahead, first, second = ("Prompts", low, high) if mean >= 0 else ("Full fine-tuning", -high, -low)
-    held = f"{arms.level} interval {n.interval(n.points(first), n.points(second))}"
-    doubt = ": it includes no difference at all" if first <= 0 else ""
-    return f"{ahead} measured {n.points(abs(mean)).lstrip('+')} points ahead {where}; {held}{doubt}."
+    if low is None or high is None:
+        return "How sure: no interval could be computed; see what is missing, at the end."
+    held = f"the {arms.level} interval of prompts minus full fine-tuning is {n.interval(n.points(low), n.points(high))}"
+    doubt = ", which includes no difference at all" if low <= 0 <= high else ", which leaves out no difference"
+    agreeing, redraws = n.value_of(now, "agreeing"), n.value_of(arms.decision, "rule", "redraws")
+    agree = ""
+    if agreeing is not None and redraws is not None and now.get("verdict") in ("prompts", "full"):
+        agree = f"; {n.count(agreeing)} of {n.count(redraws)} re-draws name the same winner"
+    return f"How sure: with {n.count(now.get('size'))} images {held} points{doubt}{agree}."
 
 
 def reasons(arms: Arms) -> list[Block]:

@@ -20,16 +20,13 @@ def diagnosis(results: Results, arms: Arms) -> Section:
     runs = [run for run in results.get("runs") or [] if run.get("curve")]
     largest = max((int(run["size"]) for run in runs), default=0)
     at_largest = [run for run in runs if int(run["size"]) == largest]
-    charts = [
-        chart
-        for field, words in (("train_loss", "Training loss"), ("validation_loss", "Validation loss"))
-        if (chart := _losses(at_largest, arms, field, words, largest)) is not None
-    ]
+    kinds = (("train", "Training loss"), ("validation", "Validation loss"), ("test", "Test loss"))
+    charts = [chart for kind, words in kinds if (chart := _losses(at_largest, arms, kind, words, largest)) is not None]
     if charts:
         blocks += [
             Text(
-                f"Means over the seeds with {n.count(largest)} images. A validation loss that rises while the training "
-                "loss falls is overfitting; it need not cost accuracy."
+                f"Means over the draws with {n.count(largest)} images. A test loss that rises while the training loss "
+                "falls is overfitting; it need not cost accuracy. Test losses were worked out after all training."
             ),
             Charts(charts),
         ]
@@ -38,19 +35,29 @@ def diagnosis(results: Results, arms: Arms) -> Section:
         blocks.append(_table(rows, arms))
     mass = _mass(rows, arms)
     if mass is not None:
-        blocks += [Text("How much of the class token's attention goes to prompts, block by block:"), mass]
+        blocks += [Text("How much of the image tokens' attention goes to prompts, block by block:"), mass]
     return Section("diagnosis", title, blocks or [Note("No training curves were recorded.")])
 
 
-def _losses(runs: Sequence[Mapping[str, Any]], arms: Arms, field: str, words: str, size: int) -> Chart | None:
+def _loss_of(run: Mapping[str, Any], kind: str) -> list[tuple[int, float]]:
+    """(epoch, loss) where one was taken."""
+    tests = run.get("test_loss_curve") or []
+    found = []
+    for index, step in enumerate(run["curve"]):
+        held = {"loss": tests[index] if index < len(tests) else None} if kind == "test" else step
+        value = n.value_of(held, "loss" if kind == "test" else f"{kind}_loss")
+        if value is not None:
+            found.append((int(step["epoch"]), value))
+    return found
+
+
+def _losses(runs: Sequence[Mapping[str, Any]], arms: Arms, kind: str, words: str, size: int) -> Chart | None:
     series, table = [], []
     for name in arms.names:
         by_epoch: dict[int, list[float]] = {}
         for run in runs:
-            for step in run["curve"] if run["arm"] == name else []:
-                value = n.value_of(step, field)
-                if value is not None:
-                    by_epoch.setdefault(int(step["epoch"]), []).append(value)
+            for epoch, value in _loss_of(run, kind) if run["arm"] == name else []:
+                by_epoch.setdefault(epoch, []).append(value)
         means = {epoch: sum(values) / len(values) for epoch, values in sorted(by_epoch.items())}
         if not means:
             continue
@@ -71,7 +78,7 @@ def _losses(runs: Sequence[Mapping[str, Any]], arms: Arms, field: str, words: st
     return Chart(
         caption,
         draw(
-            series, x=_epochs(epochs), y=_linear(held, words), key=f"{field.replace('_', '-')}-chart",
+            series, x=_epochs(epochs), y=_linear(held, words), key=f"{kind}-loss-chart",
             title=f"Line chart. {caption}. {told}.",
         ),
         [swatch(one) for one in series],
@@ -103,20 +110,21 @@ def _mass(rows: Sequence[Mapping[str, Any]], arms: Arms) -> Chart | None:
     series, table = [], []
     for row in rows:
         name = str(row["arm"])
-        shares = [float(v) for v in row.get("prompt_mass") or []]
-        if not shares:
-            continue
+        shares = [n.value_of({"share": share}, "share") for share in row.get("prompt_mass") or []]
         marks = [
             Mark(float(block), 100 * share, f"{arms.title(name)}, block {block}: {n.percent(share)} %")
             for block, share in enumerate(shares)
+            if share is not None
         ]
+        if not marks:
+            continue
         series.append(Series(arms.title(name), arms.slot(name), marks))
         table.append(Row(arms.title(name), [n.percent(share) for share in shares]))
     if not series:
         return None
-    longest = max(len(one.marks) for one in series)
+    longest = max(len(row.cells) for row in table)
     held = [0.0, *(mark.y for one in series for mark in one.marks)]
-    caption = "Attention of the class token on prompts (%) by block"
+    caption = "Attention of the image tokens on prompts (%) by block"
     told = "; ".join(f"{one.label}: {', '.join(f'{mark.y:.0f}' for mark in one.marks)}" for one in series)
     return Chart(
         caption,

@@ -9,6 +9,11 @@ from . import numbers as n
 from .arms import Arms, Results
 from .blocks import Block, Code, Heading, Items, Note, Row, Section, Table, Text
 
+TUNING = (
+    "Every arm had its own settings tried by successive halving, with the same number of trials and the same rule: "
+    "many settings first, the better ones again with more. Only images for training were used to choose."
+)
+
 __all__ = ["changes", "decided", "missing", "options_text", "prior", "weights"]
 
 
@@ -19,20 +24,19 @@ def decided(results: Results, arms: Arms) -> Section:
     seeds = sorted({int(run["seed"]) for run in runs})
     steps = [
         "At each size the same images, in the same order, went to every arm; smaller sets are parts of larger ones and "
-        "keep the shares of the classes. Another seed draws other images.",
-        "Every arm had its own settings tried by successive halving, with the same number of trials and the same rule: "
-        "many settings first, the better ones again with more. Only images for training were used to choose.",
+        "keep the shares of the classes. Another draw takes other images.",
+        str((results.get("plan") or {}).get("tuning_rule") or TUNING),
         "Test labels were read once, after all training. Accuracy is that of the last epoch unless another is named.",
         "The gap and its interval come from a paired bootstrap: test images and seeds are drawn again, with "
         "replacement, for both arms together. The crossing comes from a line in the logarithm of the size, fitted to "
         "those gaps.",
-        "Where the redraws do not agree, the verdict is “too close to call”.",
+        _rule(results),
     ]
     blocks: list[Block] = [
         Text(
             f"{n.count(len(runs))} trainings were compared: {_words([arms.title(name) for name in arms.names])}; "
             f"{len(arms.sizes)} sizes ({', '.join(n.count(size) for size in arms.sizes)}); "
-            f"{_plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))})."
+            f"{_plural(len(seeds), 'draw')} of the training images at each size."
         ),
         Items(steps),
         *_tuning(results, arms),
@@ -105,6 +109,19 @@ def options_text(options: Mapping[str, Any] | None) -> str:
     if not options:
         return "no options"
     return ", ".join(f"{name} {_value(value)}" for name, value in options.items())
+
+
+def _rule(results: Results) -> str:
+    """What a verdict needs, by the decision's own numbers."""
+    rule = (results.get("decision") or {}).get("rule") or {}
+    level, smallest, agree, redraws = (n.value_of(rule, name) for name in ("level", "smallest", "agree", "redraws"))
+    if level is None or smallest is None or agree is None or redraws is None:
+        return "Where the redraws do not agree, the verdict is “too close to call”."
+    return (
+        f"A verdict needs a gap of at least {n.number(100 * smallest, 2)} points, a {100 * level:g} % interval that "
+        f"leaves out no difference, and the same winner in {n.count(agree)} of {n.count(redraws)} re-draws. Else it is "
+        "“too close to call”."
+    )
 
 
 def _tuning(results: Results, arms: Arms) -> list[Block]:

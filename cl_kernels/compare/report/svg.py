@@ -7,13 +7,13 @@ letters by the page's width, so that they stay legible at both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from .blocks import Key
 
-__all__ = ["INK", "Axis", "Mark", "Series", "Span", "draw", "linear_ticks", "swatch", "tick_labels"]
+__all__ = ["INK", "Axis", "Mark", "Series", "Span", "dots", "draw", "linear_ticks", "swatch", "tick_labels"]
 
 WIDTH, HEIGHT = 420.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 408.0, 26.0, 246.0
@@ -96,8 +96,7 @@ def draw(series: Sequence[Series], *, x: Axis, y: Axis, key: str, title: str, sp
     """The chart as `<svg>`: a group named by `title`, whose marks are images with their words as names and can be
     focused. `key` makes ids unique on the page."""
     parts = [
-        f'<svg class="chart" id="{key}" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" '
-        f'aria-labelledby="{key}-title"><title id="{key}-title">{escape(title)}</title>',
+        _opening(key, title, HEIGHT),
         f'<defs><clipPath id="{key}-clip"><rect x="{LEFT:g}" y="{TOP - 6:g}" width="{RIGHT - LEFT:g}" '
         f'height="{BOTTOM - TOP + 12:g}"/></clipPath></defs>',
         _axes(x, y),
@@ -111,6 +110,29 @@ def draw(series: Sequence[Series], *, x: Axis, y: Axis, key: str, title: str, sp
         "</svg>",
     ]
     return "".join(parts)
+
+
+def dots(rows: Sequence[tuple[str, Mark, bool]], *, x: Axis, key: str, title: str, at: float | None = None) -> str:
+    """Values on one scale below each other: rows of (name, mark, strong); `at` is a line across all."""
+    step, names = 26.0, 172.0
+    bottom = TOP + step * len(rows)
+
+    def place(value: float) -> float:
+        return names + x.place(value) * (RIGHT - 8 - names)
+
+    parts = [_opening(key, title, bottom + 44), '<g class="axes" aria-hidden="true">']
+    for value, label in _fitting(x, place):
+        parts.append(f'<path class="grid" d="M{value:.1f} {TOP:g}V{bottom:g}"/>')
+        parts.append(f'<text x="{value:.1f}" y="{bottom + 17:g}" text-anchor="middle">{escape(label)}</text>')
+    if at is not None and x.low <= at <= x.high:
+        parts.append(f'<path class="mark" stroke-dasharray="4 3" d="M{place(at):.1f} {TOP:g}V{bottom:g}"/>')
+    parts.append(f'<text x="{RIGHT:g}" y="{bottom + 38:g}" text-anchor="end">{escape(x.title)}</text></g>')
+    for index, (name, mark, strong) in enumerate(rows):
+        across, down = place(mark.x), TOP + step * (index + 0.5)
+        short, style = (name if len(name) <= 25 else name[:24] + "…"), ' class="yours"' if strong else ""
+        parts.append(f'<g aria-hidden="true"{style}><text x="2" y="{down:.1f}" dy=".34em">{escape(short)}</text></g>')
+        parts.append(_point(mark, "ink" if strong else "c5", across, down, SHAPES["diamond" if strong else "circle"]))
+    return "".join([*parts, "</svg>"])
 
 
 def swatch(one: Series) -> Key:
@@ -133,6 +155,13 @@ def linear_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def _opening(key: str, title: str, height: float) -> str:
+    return (
+        f'<svg class="chart" id="{key}" viewBox="0 0 {WIDTH:g} {height:g}" role="group" '
+        f'aria-labelledby="{key}-title"><title id="{key}-title">{escape(title)}</title>'
+    )
+
+
 def tick_labels(ticks: Sequence[float]) -> list[tuple[float, str]]:
     """The ticks with labels of equal decimals, as few as tell them apart."""
     places = next((d for d in range(6) if all(abs(round(t, d) - t) < 1e-9 for t in ticks)), 6)
@@ -150,7 +179,7 @@ def _axes(x: Axis, y: Axis) -> str:
         parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{RIGHT:g}"/>')
         parts.append(f'<text x="{LEFT - 6:g}" y="{at:.1f}" dy=".34em" text-anchor="end">{escape(label)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT:g} {BOTTOM:g}H{RIGHT:g}"/>')
-    for at, label in _fitting(x):
+    for at, label in _fitting(x, lambda value: LEFT + x.place(value) * (RIGHT - LEFT)):
         last = at > RIGHT - _LETTER * len(label) / 2 + 10
         place, anchor = (at + 6, "end") if last else (at, "middle")
         parts.append(f'<path class="axis" d="M{at:.1f} {BOTTOM:g}v4"/>')
@@ -160,9 +189,9 @@ def _axes(x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _fitting(x: Axis) -> list[tuple[float, str]]:
+def _fitting(x: Axis, place: Callable[[float], float]) -> list[tuple[float, str]]:
     """The labels of x that do not run into each other; the last is kept before the first, that before others."""
-    placed = [(LEFT + x.place(value) * (RIGHT - LEFT), label) for value, label in x.ticks]
+    placed = [(place(value), label) for value, label in x.ticks]
     order = [*placed[-1:], *placed[:1], *placed[1:-1]] if len(placed) > 1 else placed
     kept: list[tuple[float, str]] = []
     for at, label in order:
@@ -230,17 +259,21 @@ def _carried(one: Series) -> Sequence[Mark]:
 
 def _mark(one: Series, mark: Mark, x: Axis, y: Axis) -> str:
     at, value = _xy(x, y, mark.x, mark.y)
-    told = escape(mark.told)
     bars, hollow = "", " hollow" if mark.hollow else ""
     if mark.low is not None and mark.high is not None and not (one.band and one.line and not mark.hollow):
         top, bottom = _xy(x, y, mark.x, mark.high)[1], _xy(x, y, mark.x, mark.low)[1]
         ends = "".join(f"M-3 {end - value:.1f}h6" for end in (top, bottom))
         bars = f'<path class="bar" d="M0 {top - value:.1f}V{bottom - value:.1f}{ends}"/>'
     shape = _shape(one.slot) if len(one.marks) <= _MANY or not one.line else '<circle r="2"/>'
+    return _point(mark, _colour(one) + hollow, at, value, bars + shape)
+
+
+def _point(mark: Mark, style: str, across: float, down: float, inside: str) -> str:
+    """A mark that can be pointed at and focused, named by its words."""
+    told = escape(mark.told)
     return (
-        f'<g class="pt {_colour(one)}{hollow}" tabindex="0" role="img" aria-label="{told}" '
-        f'data-x="{mark.x!r}" data-y="{mark.y!r}" transform="translate({at:.1f} {value:.1f})"><title>{told}</title>'
-        f'<circle class="hit" r="9"/>{bars}{shape}</g>'
+        f'<g class="pt {style}" tabindex="0" role="img" aria-label="{told}" data-x="{mark.x!r}" data-y="{mark.y!r}" '
+        f'transform="translate({across:.1f} {down:.1f})"><title>{told}</title><circle class="hit" r="9"/>{inside}</g>'
     )
 
 
