@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from cl_kernels import data as image_data
 from cl_kernels.compare import evidence, finish
 from cl_kernels.compare.cache import Budget, Cache, opened
 from cl_kernels.compare.config import CompareConfig, describe_seconds
-from cl_kernels.compare.planner import Plan, Rates, cost_of_cell, make_plan, trim
+from cl_kernels.compare.planner import BudgetError, Plan, Rates, cost_of_cell, make_plan, trim
 from cl_kernels.compare.progress import Silent
 from cl_kernels.compare.runner import OutOfTime, Runner
 from cl_kernels.compare.session import SAMPLE, Session, open_session
@@ -39,7 +40,7 @@ class Work:
     cache: Cache
     budget: Budget
     progress: Silent
-    rates: Rates = field(default_factory=lambda: Rates({}, {}, {}))
+    rates: Rates = field(default_factory=lambda: Rates.none())
     missing: list[str] = field(default_factory=list)
     models: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +116,7 @@ def _planned(work: Work) -> Plan:
     if stored is not None:
         work.rates = Rates(**stored["rates"])
         return Plan.from_dict(stored["plan"])
-    rates = work.unit("rates", lambda: evidence.measured_rates(session, session.arms).as_dict())
+    rates = work.unit("rates", lambda: evidence.measured_rates(session, session.arms, budget.now).as_dict())
     work.rates = Rates(**rates)
     most = min(len(session.grid(arm)) for arm in session.arms)
     plan = make_plan(
@@ -169,7 +170,20 @@ def _trained(work: Work, plan: Plan) -> tuple[dict[str, Tuned], list[Run], Plan]
                 work.missing.append(f"{left}: the budget ended before every arm was through")
                 break
             done += 1
+    _check_enough(work, plan, runs)
     return tuned, runs, plan
+
+
+def _check_enough(work: Work, plan: Plan, runs: list[Run]) -> None:
+    """Raise `BudgetError` where no size was run with two draws of every arm."""
+    if any(sum(run.size == size for run in runs) >= 2 * len(work.names) for size in plan.sizes):
+        return
+    more = 2 * sum(cost_of_cell(plan, work.rates, work.names, size) for size in plan.sizes) + finish.reserve(work)
+    wanted = 1.2 * (work.budget.spent() + more)
+    raise BudgetError(
+        f"budget: {describe_seconds(work.budget.seconds)} ended before any size was run with two draws, as this "
+        f"machine became {work.rates.factor:.1f} times slower than measured; about {math.ceil(wanted)}s are needed now"
+    )
 
 
 def _write(work: Work, results: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from cl_kernels.data import ImageData
 
 __all__ = ["card", "distances", "frozen_probes", "measured_rates", "unit"]
 
+Timed = tuple[float, Trial]
 SHARE = 0.1  # of the budget that each of these stages may take before it is told to stop
 
 
@@ -82,36 +82,37 @@ def _limit(budget: Budget) -> Callable[[], bool]:
     return lambda: budget.spent() > end
 
 
-def measured_rates(session: Session, arms: list[Arm], clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """Seconds an image and epoch, a test image, and a trial besides: two short runs of every arm, one to warm up."""
+def measured_rates(session: Session, arms: list[Arm], clock: Callable[[], float]) -> Rates:
+    """Seconds an image and epoch, a step, a test image, and a trial besides: three short runs of every arm."""
     rows = session.rows(min(64, session.size), 0)
     start = clock()
     with torch.no_grad():
         session.backbone.model(session.images(rows[:8]).to(session.device))
     if clock() - start > 0.4:  # a large model on a small machine: the estimate may be coarse, it must not be dear
         rows = rows[:16]
-    rates = Rates({}, {}, {})
+    rates = Rates.none()
     for arm in arms:
-        grid = session.grid(arm)
-        options = candidates(grid, 1)[0]
+        options = candidates(session.grid(arm), 1)[0]
         inputs = session.features(rows) if arm.frozen_features else session.images(rows)
 
-        def run(epochs: int, arm: Arm = arm, inputs: Tensor = inputs, options: Any = options) -> tuple[float, Trial]:
+        def run(epochs: int, parts: int, arm: Arm = arm, inputs: Tensor = inputs, options: Any = options) -> Timed:
             begun = clock()
             trial = train_trial(
                 arm, options, session.backbone.model, inputs, session.labels[rows], classes=session.classes,
-                epochs=epochs, batch_size=len(rows), seed=0,
+                epochs=epochs, batch_size=-(-len(rows) // parts), seed=0,
             )  # fmt: skip
             return clock() - begun, trial
 
         if not rates.train:
-            run(1)
-        one, _ = run(1)
-        three, trial = run(3)
+            run(1, 1)
+        (one, _), (three, trial), (split, _) = run(1, 1), run(3, 1), run(3, 4)
+        step = max((split - three) / 9, 0.0)
+        epoch = max((three - one) / 2, 1e-6)
+        rates.step[arm.name] = min(step, epoch)
+        rates.train[arm.name] = max((epoch - rates.step[arm.name]) / len(rows), 1e-7)
+        rates.fixed[arm.name] = max(one - epoch, 1e-3)
         begun = clock()
         if trial.method is not None:
             trial.method.predict(inputs.to(session.device))
         rates.test[arm.name] = max((clock() - begun) / len(rows), 1e-7)
-        rates.train[arm.name] = max((three - one) / (2 * len(rows)), 1e-7)
-        rates.fixed[arm.name] = max(one - len(rows) * rates.train[arm.name], 1e-3)
     return rates

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["finished", "reserve"]
 
 LAST = 4.0  # seconds for the decision, the report and its files
+SAFETY = 1.5  # on what is kept for the last stages
 PICTURES = 4000  # forward and backward passes of attribution: 8 images, 2 arms, 2 targets, 50 nodes and the checks
 LOADER = 'from cl_kernels.continual import load_model; model = load_model("{}")  # logits of uint8 images'
 
@@ -36,13 +37,13 @@ LOADER = 'from cl_kernels.continual import load_model; model = load_model("{}") 
 def reserve(work: Work) -> float:
     """Seconds to keep for everything after the sweep, by the measured rates."""
     rates, steps = work.rates, WARM_UP + CALLS
-    total = LAST
+    total = 0.0
     for arm in work.names:
         total += rates.factor * steps * cost.BATCH * (rates.train[arm] + rates.test[arm])
         total += rates.factor * 4 * diagnosis.IMAGES * rates.test[arm]
     if work.session.config.pictures:
         total += min(_pictures(work), 0.2 * work.budget.seconds)
-    return total
+    return LAST + SAFETY * total
 
 
 def _pictures(work: Work) -> float:
@@ -114,8 +115,6 @@ def _decision(
     session = work.session
     by_size = {size: [run for run in runs if run.size == size] for size in {run.size for run in runs}}
     whole = {size: here for size, here in by_size.items() if len(here) >= 2 * len(work.names)}
-    if not whole:
-        raise RuntimeError("the budget ended before any size was run with two draws: give a larger --budget")
     hits = {
         arm: {
             size: torch.stack([(run.final.argmax(dim=1) == labels).double() for run in here if run.arm == arm]).numpy()
@@ -208,6 +207,7 @@ def _drawn(
         lambda: pictures(
             {name: models[name] for name in names}, session.test_pixels(), labels, out=Path(session.config.folder),
             class_names=[str(name) for name in session.data.class_names], pair=(prompts, "full"),
+            preprocess=session.backbone.preprocessing,
             log_probabilities={name: first[name] for name in names}, seed=session.config.seed,
             deadline=lambda: budget.left() < LAST,
         ),

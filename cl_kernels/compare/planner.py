@@ -14,6 +14,8 @@ from cl_kernels.compare.config import describe_seconds
 __all__ = ["BudgetError", "Plan", "Rates", "batch_size", "cost_of_rung", "make_plan", "rungs", "trim"]
 
 EPOCHS = (100, 70, 50, 40, 30, 25, 20, 16, 12, 10, 8, 6, 5, 4, 3)
+ENOUGH = 10  # epochs at the largest size, below which every arm is cut short
+SLACK = 0.9  # of the time that a plan may fill: other processes come and go
 MAX_EPOCHS = 200
 LOOKS = 4  # evaluations of the test images in a run, besides the last
 FOLD = 0.8  # of a subset trains in a tuning trial
@@ -25,19 +27,27 @@ class BudgetError(ValueError):
 
 @dataclass
 class Rates:
-    """Measured seconds of each arm: per training image and epoch, per test image, and per trial besides.
+    """Measured seconds of each arm: per training image and epoch, per step, per test image, and per trial besides.
 
     `factor` is what trials took of late in units of what was predicted: a machine that others use makes it grow.
     """
 
     train: dict[str, float]
+    step: dict[str, float]
     test: dict[str, float]
     fixed: dict[str, float]
     factor: float = 1.0
 
+    @classmethod
+    def none(cls) -> Rates:
+        """Nothing measured yet."""
+        return cls({}, {}, {}, {})
+
     def trial(self, arm: str, images: int, epochs: int, tested: int) -> float:
         """Predicted seconds of one trial."""
-        return self.factor * (self.fixed[arm] + images * epochs * self.train[arm] + tested * self.test[arm])
+        steps = epochs * -(-images // batch_size(images))
+        passes = images * epochs * self.train[arm] + steps * self.step[arm] + tested * self.test[arm]
+        return self.factor * (self.fixed[arm] + passes)
 
     def observe(self, predicted: float, seconds: float) -> None:
         """Learn from a trial that was predicted with the present factor; long trials teach more than short ones."""
@@ -149,20 +159,20 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """The richest plan that fits into `seconds` beside what is spent and reserved.
 
-    Richness counts in doublings: epochs (up to 40) and seeds fully, trials half, sizes a quarter each; a largest size
-    below `images` costs two for each halving, since the verdict there is then extrapolated. Raises `BudgetError`
-    naming the smallest budget that can decide: four sizes (or as many as there are), two seeds, two trials, three
-    epochs.
+    Richness counts in doublings: epochs twice up to `ENOUGH` and once up to 40, seeds once, trials half, sizes a fifth
+    each; a largest size below `images` costs two for each halving, since the verdict there is then extrapolated.
+    Raises `BudgetError` naming the smallest budget that can decide: four sizes (or as many as there are), two seeds,
+    two trials, three epochs.
     """
     best: tuple[float, Plan] | None = None
     cheapest = math.inf
     for plan in _candidates(sizes, images, tested, seeds, most_trials, quick):
         cost = cost_of_tuning(plan, rates, arms) + cost_of_sweep(plan, rates, arms)
         cheapest = min(cheapest, cost)
-        if spent + reserve + cost <= seconds and (best is None or _richness(plan) > best[0]):
+        if cost <= SLACK * (seconds - spent - reserve) and (best is None or _richness(plan) > best[0]):
             best = _richness(plan), plan
     if best is None:
-        wanted = 1.1 * (spent + reserve + cheapest)
+        wanted = 1.05 * (spent + reserve + cheapest / SLACK)
         wanted = 5.0 * math.ceil(wanted / 5)
         raise BudgetError(
             f"budget: {describe_seconds(seconds)} is too small to decide here: the smallest comparison (two seeds, two "
@@ -190,9 +200,17 @@ def _candidates(
             for tuned in _anchor_choices(chosen):
                 repeats = {anchor: max(1, min(3, 400 // anchor)) for anchor in tuned}
                 plan = Plan(chosen, seed_count, base, trials, tuned, repeats, images, tested)
-                plan.cells = [(size, seed) for seed in range(seed_count) for size in reversed(chosen)]
+                plan.cells = _order(chosen, seed_count)
                 plans.append(plan)
     return plans
+
+
+def _order(sizes: list[int], draws: int) -> list[tuple[int, int]]:
+    """Two draws of the largest size, then of the others from the smallest on; after them the further draws: whenever
+    time runs out, what has been run can be used."""
+    by_worth = [sizes[-1], *sizes[:-1]]
+    first = [(size, draw) for size in by_worth for draw in range(min(2, draws))]
+    return first + [(size, draw) for draw in range(2, draws) for size in by_worth]
 
 
 def _anchor_choices(sizes: list[int]) -> list[list[int]]:
@@ -208,8 +226,8 @@ def _spread(sizes: list[int], count: int) -> list[int]:
 
 
 def _richness(plan: Plan) -> float:
-    value = math.log2(min(plan.epochs, 40)) + 0.1 * math.log2(plan.epochs)
-    value += math.log2(plan.seeds) + 0.5 * math.log2(plan.trials) + 0.25 * len(plan.sizes)
+    value = math.log2(min(plan.epochs, ENOUGH)) + math.log2(min(plan.epochs, 40)) + 0.1 * math.log2(plan.epochs)
+    value += math.log2(plan.seeds) + 0.5 * math.log2(plan.trials) + 0.2 * len(plan.sizes)
     value -= 2.0 * math.log2(plan.images / plan.sizes[-1])
     return value - 0.75 * math.log2(plan.sizes[-1] / plan.anchors[-1])
 

@@ -161,7 +161,7 @@ def _changes(
     if decision["verdict"] == CLOSE:
         half = (now["high"] - now["low"]) / 2
         found.append(
-            f"More test images or more draws: with {facts['tested']} test images and {facts['seeds']} draws the interval "
+            f"More test images or draws: with {facts['tested']} test images and {facts['seeds']} draws the interval "
             f"is +-{100 * half:.1f} points, so a smaller difference cannot show. A larger --budget or --seeds helps."
         )
         found.append("A preference: --prefer storage or --prefer latency breaks a tie by cost, and says so.")
