@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cl_kernels.cli import _errors, bench, compare, doctor, inspection, study, train
+from cl_kernels.cli import _errors, bench, compare, doctor, explain, inspection, study, train
 
 if TYPE_CHECKING:
     import typer
@@ -37,6 +37,7 @@ def build() -> "typer.Typer":
     train.register(app)
     study.register(app)
     compare.register(app)
+    explain.register(app)
     bench.register(app)
     doctor.register(app)
     inspection.register(app)

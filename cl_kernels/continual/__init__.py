@@ -3,6 +3,7 @@
 from cl_kernels.continual import metrics, stream, transforms
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.deployed import Deployed, load_model, save_model
+from cl_kernels.continual.reopened import load_run
 from cl_kernels.continual.trainer import RunStopped, run
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "RunConfig",
     "RunStopped",
     "load_model",
+    "load_run",
     "metrics",
     "run",
     "save_model",

@@ -62,17 +62,27 @@ class Painter:
         return [{"name": name, "title": TITLES[name], "explains": said[name in OF_CLASS]} for name in self.methods]
 
     def image(
-        self, image: Tensor, label: int | None, number: int, group: str, title: str | None = None
+        self,
+        image: Tensor,
+        label: int | None,
+        number: int,
+        group: str,
+        *,
+        title: str | None = None,
+        targets: list[tuple[int, str]] | None = None,
     ) -> dict[str, Any]:
-        """All panels of one prepared image [1, C, H, W]; `label` None where the true class is not known."""
+        """All panels of one prepared image [1, C, H, W]; `label` None where the true class is not known.
+
+        `targets`: classes to explain and why, by default the true one and those that the pair predicts."""
         picture = render.shown(image[0], self.preprocess)
         predicted = {arm: self._predicted(view, image) for arm, view in self.views.items()}
         what = title or f"image {number}"
         truth = "" if label is None else f", true class {self.class_names[label]}"
         stem = f"{group}-{number}"
         panels = []
+        classes = targets or self._targets(label, predicted)
         for method in self.methods:
-            for target, why in self._targets(label, predicted) if method in OF_CLASS else [(None, "")]:
+            for target, why in classes if method in OF_CLASS else [(None, "")]:
                 shown = label if label is not None else predicted[self.pair[0]]["label"]
                 at = shown if target is None else target
                 panels.append(self._panel(method, target, at, why, image, picture, stem, what))
