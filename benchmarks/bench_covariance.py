@@ -10,10 +10,11 @@ takes 1.9 GB and several seconds a call; it is measured, not extrapolated, with 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
+from cl_kernels.benchmarks.options import expect
 from torch import Tensor
 
 from cl_kernels import ops
@@ -79,7 +80,7 @@ def one_layer(n: int, d: int, dtype: torch.dtype, *, compiled: bool = False) -> 
     if dtype.itemsize == 2:
         variants["torch, X.float() first"] = adding(wide_gram, x)
         tolerance["torch, X.float() first"] = 1e-4
-    if compiled:
+    if compiled and can_compile():
         variants["torch.compile"] = adding(torch.compile(gram), x)
         tolerance["torch.compile"] = tolerance["torch C += X.T @ X"]
     return Case(
@@ -183,7 +184,7 @@ def head_grams(
         "torch batched Grams": torch_grams(batched),
         "official expansion": official,
     }
-    if compiled:
+    if compiled and can_compile():
         variants["torch.compile of batched Grams"] = torch_grams(torch.compile(batched))
     return Case(
         variants,
@@ -216,9 +217,14 @@ def expansion(heads: int = 12, width: int = 64) -> Case:
     )
 
 
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    expect("covariance", sizes, "n x d")
+    n, d = sizes
+    yield (on_gpu if device == "cuda" else one_layer)(n, d, dtype or torch.float32)
+
+
 def cases(quick: bool) -> Iterable[Plan]:
-    can = not quick and can_compile()
-    yield head_grams(1, heads=2) if quick else head_grams(4, compiled=can)
+    yield head_grams(1, heads=2) if quick else head_grams(4, compiled=True)
     if not quick:
         yield head_grams(32)
         yield head_grams(256)
@@ -228,7 +234,7 @@ def cases(quick: bool) -> Iterable[Plan]:
         if dtype == torch.float16 and not quick:
             sizes = [(6304, 384)]  # torch's float16 product takes a second there
         for n, d in sizes:
-            yield one_layer(n, d, dtype, compiled=can and (n, d) == (6304, 768))
+            yield one_layer(n, d, dtype, compiled=not quick and (n, d) == (6304, 768))
     if not quick:
         yield one_layer(6304, 3072, torch.float32)
         yield one_layer(6304, 3072, torch.bfloat16)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
+from cl_kernels.benchmarks.options import expect
 from torch import Tensor
 
 from cl_kernels.ops import distillation_loss, dkd_loss, kl_loss, linear_kl_loss
@@ -85,7 +86,7 @@ def step(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], given: Heads)
 def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles: bool) -> Case:
     given = heads(rows, columns, dtype, device)
     forms = {"ours": ours, "eager torch": eager, "official": official}
-    if compiles:
+    if compiles and can_compile():
         forms["torch.compile"] = torch.compile(eager)
     if device == "cuda" and liger_kl():
         forms["Liger kl_div"] = with_liger
@@ -141,25 +142,29 @@ def linear(rows: int, width: int, columns: int, device: str) -> Case:
     w, v = (torch.randn(columns, width, device=device) * width**-0.5 for _ in range(2))
     inputs = (x.requires_grad_(), w.requires_grad_())
 
-    def whole() -> Tensor:
+    def whole(x: Tensor, w: Tensor, t: Tensor = t, v: Tensor = v) -> Tensor:
         log_s, log_t = F.log_softmax(F.linear(x, w) / T, -1), F.log_softmax(F.linear(t, v) / T, -1)
         return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * T**2
 
-    def step(loss: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+    def step(
+        loss: Callable[[Tensor, Tensor], Tensor], at: tuple[Tensor, Tensor] = inputs
+    ) -> Callable[[], list[Tensor]]:
         def call() -> list[Tensor]:
-            value = loss()
-            return [value.detach(), *torch.autograd.grad(value, inputs)]
+            value = loss(*at)
+            return [value.detach(), *torch.autograd.grad(value, at)]
 
         return call
 
+    wide = (x.detach().double().requires_grad_(), w.detach().double().requires_grad_())
+    exact = step(lambda x, w: whole(x, w, t.double(), v.double()), wide)()
     variants = {
-        "ours": step(lambda: linear_kl_loss(x, w, t, v, temperature=T)),
-        "kl_loss of whole logits": step(lambda: kl_loss(F.linear(x, w), F.linear(t, v), temperature=T)),
+        "ours": step(lambda x, w: linear_kl_loss(x, w, t, v, temperature=T)),
+        "kl_loss of whole logits": step(lambda x, w: kl_loss(F.linear(x, w), F.linear(t, v), temperature=T)),
         "eager torch": step(whole),
     }
     return Case(
         variants,
-        step(whole)(),
+        exact,
         1e-4,
         flops=8.0 * rows * width * columns,
     )
@@ -183,8 +188,12 @@ def single(rows: int, columns: int, device: str) -> Case:
     )
 
 
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    expect("distillation", sizes, "rows x classes")
+    yield two_heads(*sizes, dtype or torch.float32, device, True)
+
+
 def all_cases(quick: bool, device: str) -> Iterable[Plan]:
-    compiles = not quick and can_compile()
     if quick:
         for dtype in DTYPES:
             yield two_heads(16, 50, dtype, device, False)
@@ -194,7 +203,7 @@ def all_cases(quick: bool, device: str) -> Iterable[Plan]:
         return
     for rows, columns in CUDA_SHAPES if device == "cuda" else SHAPES:
         for dtype in DTYPES:
-            yield two_heads(rows, columns, dtype, device, compiles)
+            yield two_heads(rows, columns, dtype, device, True)
     yield decoupled(256, 100, device)
     yield decoupled(256, 1000, device)
     yield single(256, 1000, device)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
+from cl_kernels.benchmarks.options import expect
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,6 +67,17 @@ class Block:
         gradients = torch.autograd.grad(list(y.values()), wanted, list(self.g.values()))
         return [*(one.detach() for one in y.values()), *gradients]
 
+    def exact(self, call: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What a call gives in float64; afterwards everything is as it was."""
+        narrow = self.x, self.g
+        self.stack.double()
+        self.x, self.g = ({name: value.double() for name, value in values.items()} for values in narrow)
+        try:
+            return call()
+        finally:
+            self.stack.float()
+            self.x, self.g = narrow
+
     def ours(self, name: str, x: Tensor) -> Tensor:
         return self.layers[name](x)
 
@@ -97,14 +109,16 @@ def layers(tasks: int, images: int, device: str) -> Case:
         "official rebuild": partial(block.whole, block.official),
         "frozen layers alone": partial(block.whole, block.frozen, trains=False),
     }
-    right = variants["official rebuild"]()
+    right = block.exact(variants["official rebuild"])
+    alone = block.exact(variants["frozen layers alone"])
     base = sum(layer.base.weight.numel() for layer in block.layers.values())
     return Case(
         variants,
-        {"ours": right, "official rebuild": right, "frozen layers alone": variants["frozen layers alone"]()},
+        {"ours": right, "official rebuild": right, "frozen layers alone": alone},
         1e-4,
         flops=4.0 * images * TOKENS * base,
         notes={"adapters_bytes": block.bytes},
+        yardsticks=("frozen layers alone",),
     )
 
 
@@ -122,9 +136,9 @@ def one_image(tasks: int, device: str) -> Case:
         "official rebuild": partial(run, block.official),
         "frozen layers alone": partial(run, block.frozen),
     }
-    right = run(block.official)
-    expected = {"ours": right, "official rebuild": right, "frozen layers alone": run(block.frozen)}
-    return Case(variants, expected, 1e-4)
+    right, alone = block.exact(variants["official rebuild"]), block.exact(variants["frozen layers alone"])
+    expected = {"ours": right, "official rebuild": right, "frozen layers alone": alone}
+    return Case(variants, expected, 1e-4, yardsticks=("frozen layers alone",))
 
 
 @planned("penalty of a block, {tasks} tasks")
@@ -145,7 +159,13 @@ def penalty(tasks: int, device: str) -> Case:
         value = torch.stack(terms).sum()
         return [value.detach(), *torch.autograd.grad(value, downs)]
 
-    return Case({"ours": ours, "official": official}, official(), 1e-4)
+    return Case({"ours": ours, "official": official}, block.exact(official), 1e-4)
+
+
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    """A block of ViT-B, float32."""
+    expect("lora_stack", sizes, "tasks x images")
+    yield layers(*sizes, device)
 
 
 def all_cases(quick: bool, device: str) -> Iterable[Plan]:

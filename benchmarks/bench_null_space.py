@@ -10,12 +10,13 @@ The floor is the filter's: nine symmetric products and a Cholesky inverse, 10 d^
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from cl_kernels.benchmarks import spectra
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned, short
+from cl_kernels.benchmarks.options import expect
 from torch import Tensor
 
 from cl_kernels import ops
@@ -110,7 +111,7 @@ def projectors(
         hard.pop("eigh loop, dense")
         soft.pop("ours: solver='filter'")
         soft.pop("ours: solver='filter', rank rule")
-    if compiled:
+    if compiled and can_compile():
         compiled_filter = torch.compile(filter_in_torch)
         soft["torch.compile of that filter"] = lambda: compiled_filter(covs, tau)
     lambdas, vectors = torch.linalg.eigh(exact)
@@ -150,13 +151,18 @@ def verification(d: int, dtype: torch.dtype) -> Case:
     )
 
 
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    expect("null_space", sizes, "layers x d")
+    yield projectors(*sizes, dtype=dtype or torch.float32, device=device, brief=True)
+
+
 def cases(quick: bool) -> Iterable[Plan]:
     if quick:
         yield projectors(2, 48, "power law")
         yield projectors(2, 48, dtype=torch.float64)
         yield verification(64, torch.float32)
         return
-    yield projectors(12, 768, compiled=can_compile())
+    yield projectors(12, 768, compiled=True)
     for spectrum in list(spectra.SPECTRA)[1:]:
         yield projectors(12, 768, spectrum, brief=True)
     yield projectors(1, 768)
@@ -175,7 +181,7 @@ def cuda_cases(quick: bool) -> Iterable[Plan]:
         yield projectors(2, 128, device="cuda")
         return
     yield projectors(12, 384, device="cuda")
-    yield projectors(12, 768, device="cuda", compiled=can_compile())
+    yield projectors(12, 768, device="cuda", compiled=True)
     yield projectors(1, 768, device="cuda")
     for spectrum in list(spectra.SPECTRA)[1:]:
         yield projectors(12, 768, spectrum, device="cuda", brief=True)

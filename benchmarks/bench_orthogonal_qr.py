@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
+from cl_kernels.benchmarks.options import expect
 from torch import Tensor
 
 from cl_kernels.ops import extend_basis, orthogonality_penalty, qr
@@ -201,6 +202,14 @@ def penalty(tasks: int, rank: int, device: str) -> Case:
         flops=float(work),
         bytes_moved=4.0 * sum(count * m * (tasks + 3) * rank for count, m in sizes),
     )
+
+
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    """float32, as the room's cases are."""
+    expect("orthogonal_qr", sizes, "batch x m x n")
+    batch, m, n = sizes
+    yield forward((batch, m, n), 10.0, device)
+    yield with_gradient((batch, m, n), 10.0, device)
 
 
 def all_cases(quick: bool, device: str) -> Iterable[Plan]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
+from cl_kernels.benchmarks.options import expect
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -100,7 +101,7 @@ def attention(
 
     forms = {"ours": prefix_attention, "torch concat + SDPA": concatenated, "softmax written out": written_out}
     forms["merged"] = merged
-    if compiled:
+    if compiled and can_compile():
         forms["torch.compile of concat + SDPA"] = torch.compile(concatenated, fullgraph=True)
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in given]
     expected = call(written_out, wide, [x for x in wide if x.requires_grad])
@@ -164,6 +165,13 @@ def vpt_deep(width: int, depth: int, images: int, prompts: int, size: int, devic
     )
 
 
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    expect("prefix_attention", sizes, "images x heads x tokens x prefix")
+    images, heads, tokens, prefix = sizes
+    given = Sizes(images, heads, tokens, tokens, prefix)
+    yield attention(given, ALL, device, dtype or torch.float32)
+
+
 def cases(quick: bool) -> Iterable[Plan]:
     if quick:
         for what in (FORWARD, ALL, PREFIX):
@@ -171,11 +179,10 @@ def cases(quick: bool) -> Iterable[Plan]:
         yield attention(Sizes(3, 2, 2, 30, 7, 32, shared=False), ALL, "cpu")
         yield vpt_deep(64, 2, 2, 20, 48, "cpu")
         return
-    compiled = can_compile()
     yield vpt_deep(384, 12, 8, 100, 224, "cpu")
     for prefix in (4, 100):
         for what in (FORWARD, ALL, PREFIX):
-            yield attention(Sizes(8, 6, 197, 197, prefix), what, "cpu", compiled=compiled and what == ALL)
+            yield attention(Sizes(8, 6, 197, 197, prefix), what, "cpu", compiled=what == ALL)
     yield attention(Sizes(64, 6, 2, 198, 53), FORWARD, "cpu")
     yield attention(Sizes(64, 6, 2, 198, 53), ALL, "cpu")
     yield attention(Sizes(64, 6, 17, 17, 100), ALL, "cpu")
@@ -184,12 +191,11 @@ def cases(quick: bool) -> Iterable[Plan]:
 
 
 def cuda_cases(quick: bool) -> Iterable[Plan]:
-    compiled = not quick and can_compile()
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
         for prefix in (4, 100):
             for what in (FORWARD, ALL, PREFIX):
-                yield attention(Sizes(64, 6, 197, 197, prefix), what, "cuda", dtype, compiled=compiled)
+                yield attention(Sizes(64, 6, 197, 197, prefix), what, "cuda", dtype, compiled=not quick)
         yield attention(Sizes(64, 6, 2, 198, 53), ALL, "cuda", dtype)
         yield attention(Sizes(64, 12, 197, 197, 50, shared=False), ALL, "cuda", dtype)
         yield attention(Sizes(64, 12, 197, 197, 200), ALL, "cuda", dtype)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from cl_kernels.benchmarks.counting import count
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
+from cl_kernels.benchmarks.options import expect
 from cl_kernels.benchmarks.step_variants import FULL, State, competitors, expected
 
 TABLE = (
@@ -46,7 +48,8 @@ def step_case(
     tolerance = {kind: float("inf") if "no projection" in kind else 1e-6 for kind in variants}
     flops, bytes_moved = s.work()
     notes = {"launches" if s.device == "cuda" else "dispatched": counted}
-    return Case(variants, expected(s), tolerance, flops=flops, bytes_moved=bytes_moved, notes=notes)
+    bare = tuple(name for name in variants if "no projection" in name)
+    return Case(variants, expected(s), tolerance, flops=flops, bytes_moved=bytes_moved, notes=notes, yardsticks=bare)
 
 
 def rank_name(r: int) -> str:
@@ -89,6 +92,12 @@ def weights(device: str) -> Iterable[Plan]:
             many = layers if device == "cuda" else 1
             name = f"full weights, {many} block{'s' if many > 1 else ''} of {model}, rank {r}"
             yield step_case(name, block * many, (r,) * 4 * many, device, loops=d == 768)
+
+
+def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:
+    """float32, as optimizers keep it."""
+    expect("projection", sizes, "layers x rows x columns x rank")
+    yield prompt_case(*sizes, device)
 
 
 def all_cases(quick: bool, device: str) -> Iterable[Plan]:

@@ -88,6 +88,7 @@ def prompt_pass(setting: Setting, prompts: int = 4) -> Case:
         {"ours": gathering, "forward alone": plain, "official: J1 expanded": official},
         plain(),
         1e-6,
+        yardsticks=("forward alone",),
     )
 
 
@@ -133,6 +134,7 @@ def input_pass(setting: Setting) -> Case:
         },
         plain(),
         1e-6,
+        yardsticks=("forward alone",),
     )
 
 

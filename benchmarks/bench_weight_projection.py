@@ -135,6 +135,7 @@ def step_case(model: str, share: float, device: str, *, base: str = "adam", comp
         bytes_moved=passes * s.elements,
         notes=notes,
         read=lambda _: s.moved(),
+        yardsticks=tuple(name for name in steps if bare[name]),
     )
 
 

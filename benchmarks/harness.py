@@ -43,6 +43,7 @@ class Case:
     outputs; `read` turns what a call returns into tensors. `measures` are further columns, functions of the outputs
     such as the leak of a projector; the variants named in `limited` must keep their `limits`. `kept_bytes` of the peak
     memory are what a result must hold, such as the state of a collector; what is beyond them is shown apart.
+    `yardsticks` compute something else, such as a step without the projection: nothing is claimed against them.
     `flops` and `bytes_moved` give the floor at the rate named by `rate`.
     """
 
@@ -57,6 +58,7 @@ class Case:
     measures: dict[str, Callable[[Outputs], float]] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     limited: tuple[str, ...] = ("ours",)
+    yardsticks: tuple[str, ...] = ()
     kept_bytes: dict[str, int] = field(default_factory=dict)
 
     def check(self, name: str) -> tuple[dict[str, float], float]:
@@ -199,7 +201,14 @@ def measure(
     else:
         columns = cpu_timing.times(variants, first, budget_s, peaks=peaks)
     rows: list[dict[str, Any]] = [
-        {"variant": name, **columns[name], "kept_bytes": case.kept_bytes.get(name), **found[name]} for name in variants
+        {
+            "variant": name,
+            **columns[name],
+            "kept_bytes": case.kept_bytes.get(name),
+            "yardstick": name in case.yardsticks,
+            **found[name],
+        }
+        for name in variants
     ]
     rows += [{"variant": name, "failed": why} for name, why in failed.items()]
     if "ours" in failed:

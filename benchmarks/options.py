@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 import torch
 from cl_kernels.benchmarks import cpu_timing
 
-__all__ = ["Options", "nearest", "parse", "seconds"]
+__all__ = ["Options", "expect", "nearest", "parse", "seconds"]
 
 DTYPES: Final = {
     "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -112,10 +112,19 @@ def parse(words: Sequence[str], program: str = "bench") -> Options:
         sizes=tuple(int(size) for size in re.split("[x,]", given.shape)) if is_sizes else (),
         dtype=DTYPES[given.dtype] if given.dtype else None, only=given.only, device=given.device, quick=given.quick,
         all=given.all, slow=given.slow, list=given.list, passes=passes, limit=limit,
-        case_budget=0.3 if given.quick else cpu_timing.BUDGET_S, peaks=not given.no_peaks,
+        case_budget=0.15 if given.quick else cpu_timing.BUDGET_S, peaks=not (given.no_peaks or given.quick),
         progress=given.progress, json=given.json, out=given.out, compare=given.compare, fail_above=given.fail_above,
         sweep=given.sweep, end_to_end=given.end_to_end,
     )  # fmt: skip
+
+
+def expect(room: str, sizes: Sequence[int], names: str) -> None:
+    """Raise `ValueError` unless --shape gave a size of at least 1 for each of the names, such as "n x d"."""
+    wanted = len(names.split(" x "))
+    if len(sizes) != wanted:
+        raise ValueError(f"--shape {'x'.join(map(str, sizes))}: {room} takes {names}, got {len(sizes)} sizes")
+    if min(sizes) < 1:
+        raise ValueError(f"--shape {'x'.join(map(str, sizes))}: sizes must be at least 1")
 
 
 def seconds(text: str) -> float:

@@ -158,6 +158,7 @@ def shown(result: dict[str, Any]) -> str:
             peak += f", {(row['peak_bytes'] - row['kept_bytes']) / 2**20:.1f} beyond its state"
         graph = f"  graph {unit(row['graph_s'])}" if row.get("graph_s") else ""
         more = "".join(f"  {key} {row[key]:.1e}" for key in measures(row))
+        more += "  (yardstick)" if row.get("yardstick") else ""
         lines.append(
             f"  {row['variant']:<34} {unit(row['median_s']):>8} ±{100 * row['spread']:3.0f} %{graph}  of floor "
             f"{percent}  {ratio} ours{peak}  error {row['error']:.1e}{more}"
@@ -200,5 +201,6 @@ def _table(results: Iterable[dict[str, Any]]) -> Iterator[str]:
                 continue
             floor = f"{row['floor_percent']:.0f} %" if row["floor_percent"] is not None else ""
             ratio = f"{row['times_ours']:.3g}" if row["times_ours"] is not None else ""
+            ratio = f"yardstick, {ratio}" if row.get("yardstick") else ratio
             time = f"{unit(row['median_s'])} ± {100 * row['spread']:.0f} %"
             yield f"| {name} | {row['variant']} | {time} | {floor} | {ratio} | {row['error']:.0e} |"

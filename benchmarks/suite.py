@@ -155,6 +155,8 @@ def run(given: Options) -> dict[str, Any]:
     wanted = {room: selected(room, given, device) for room in given.rooms or rooms()}
     _refuse_nothing(wanted, given, device)
     wanted = {room: plans for room, plans in wanted.items() if plans}
+    if not given.progress:
+        _say((torch.cuda.get_device_name() if device == "cuda" else records.CPU_ONLY) + "\n")
     report = empty_report(given, device)
 
     def save(found: dict[str, Any]) -> None:
@@ -217,7 +219,7 @@ def _refuse_nothing(wanted: dict[str, list[harness.Plan]], given: Options, devic
     room = empty[0] if empty else "no room"
     if given.sizes:
         able = [name for name in rooms() if hasattr(module_of(name), "custom")]
-        raise ValueError(f"--shape {given.shape}: {room} takes no sizes{nearest('', able)}")
+        raise ValueError(f"--shape {given.shape}: {room} takes no sizes; known are {', '.join(able)}")
     there = sorted(name for name in SHAPES if any(_shape_cases(one, name, given, device) for one in wanted))
     what = " ".join(given.words())
     raise ValueError(f"{room} has no case for {what or device}; shapes there: {', '.join(there) or 'none'}")
@@ -255,9 +257,6 @@ def command(words: Sequence[str], program: str = "bench") -> int:
 
         return (sweeps if given.sweep else end_to_end).command(given, device_of(given.device))
     old = _read_old(given)
-    if not given.progress:
-        device = device_of(given.device)
-        _say((torch.cuda.get_device_name() if device == "cuda" else records.CPU_ONLY) + "\n")
     report = run(given)
     if given.json:
         records.write(given.json, report)

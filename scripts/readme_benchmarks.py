@@ -35,6 +35,7 @@ class Table(NamedTuple):
     lines: tuple[Line, ...]
     measure: str = "error"
     meaning: str = "relative error against float64"
+    first_meaning: str = ""  # what the measure was in files without a schema
 
 
 TABLES = (
@@ -93,7 +94,9 @@ TABLES = (
             Line("layers of a block, 10 tasks, 8 images", "official rebuild", "frozen layers alone"),
             Line("penalty of a block, 10 tasks", "official"),
         ),
-        meaning="relative difference from the official form. The frozen layers without any adapter are the yardstick",
+        meaning="relative error against float64. The frozen layers without any adapter are the yardstick",
+        first_meaning="relative difference from the official form. The frozen layers without any adapter are the "
+        "yardstick",
     ),
     Table(
         "Attention with a prefix, float32",
@@ -184,6 +187,7 @@ def time(seconds: float) -> str:
 def table_lines(table: Table) -> Iterator[str]:
     """Markdown of one table."""
     record = json.loads((RESULTS / f"{table.file}.json").read_text())
+    new = "schema" in record  # the first files had minima alone
     cases = {result["case"]: result for result in record["results"]}
     yield f"| {table.title} | ours | the official way takes | torch takes |"
     yield "|---|---:|---:|---:|"
@@ -192,17 +196,20 @@ def table_lines(table: Table) -> Iterator[str]:
         found = [cases[line.case]] if line.case in cases else named
         if len(found) != 1:
             raise SystemExit(f"{table.file}.json: {len(found)} cases begin with {line.case!r}")
-        rows = {row["variant"]: row for row in found[0]["rows"]}
-        wanted = [name for name in (line.official, line.torch) if name]
+        rows = {row["variant"]: row for row in found[0]["rows"] if "failed" not in row}
+        wanted = [name for name in ("ours", line.official, line.torch) if name]
         if missing := [name for name in wanted if name not in rows]:
-            raise SystemExit(f"{table.file}.json: {found[0]['case']} has no variant {missing}")
+            raise SystemExit(f"{table.file}.json: {found[0]['case']} has no time for {missing}")
         ours = rows["ours"]
         others = " | ".join(cell(rows.get(name), table.measure) for name in (line.official, line.torch))
-        yield f"| {found[0]['case']} | {time(ours['min_s'])} ({ours[table.measure]:.0e}) | {others} |"
+        shown = f"{time(ours['median_s'])} ± {100 * ours['spread']:.0f} %" if new else time(ours["min_s"])
+        yield f"| {found[0]['case']} | {shown} ({ours[table.measure]:.0e}) | {others} |"
     machine = record["environment"]
+    meaning = table.meaning if new or not table.first_meaning else table.first_meaning
+    how = "median of blocks in two processes ± its spread" if new else "minimum of several interleaved rounds"
     yield ""
     yield (
-        f"In brackets: {table.meaning}. Process CPU time, minimum of several interleaved rounds, one thread of "
+        f"In brackets: {meaning}. Process CPU time, {how}, one thread of "
         f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit'].rstrip('+')}."
     )
 

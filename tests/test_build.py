@@ -165,6 +165,8 @@ def assert_complete(names: set[str]) -> None:
     assert "cl_kernels/_build_info.json" in names
     strangers = [name for name in names if not name.startswith(("cl_kernels/", "cl_kernels-"))]
     assert not strangers, f"these belong nowhere in a wheel: {strangers}"
+    benchmarks = [name for name in names if name.startswith("cl_kernels/benchmarks/")]
+    assert all(name.count("/") == 2 and name.endswith(".py") for name in benchmarks), "code alone, no results"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert any(name.endswith("entry_points.txt") for name in names)
 
@@ -265,6 +267,12 @@ def test_without_a_compiler(factory: Factory) -> None:
     assert not found["native"]
     assert "no C++ compiler" in found["record"]["native_reason"]
     assert "no C++ compiler" in found["why"]
+    listed = call([str(folder / "bin" / "cl-kernels"), "bench", "--list", "covariance"], factory.base, env)
+    assert "* covariance 25216x768 float32" in listed
+    words = ["bench", "covariance", "--quick", "--shape", "50x12", "--json", "r.json"]
+    call([str(folder / "bin" / "cl-kernels"), *words], factory.base, env)
+    report = json.loads((factory.base / "r.json").read_text())
+    assert report["environment"]["commit"] == f"version {found['version']}", "an installed package is of no checkout"
 
 
 @pytest.fixture(scope="module")
