@@ -17,8 +17,17 @@ __all__ = ["ARMS", "Arm", "Scale", "arm_named"]
 GRIDS = ("default", "paper")
 TRIALS = 8  # of every arm on the default grid
 
-EQUAL: dict[str, Any] = {"schedule": "warmup-cosine", "warmup": 0.1, "decay": "matrices", "head": "linear"}
-"""Of every arm. No arm has dropout in its backbone, which stays in eval mode; all see the same batches."""
+EQUAL: dict[str, Any] = {
+    "schedule": "warmup-cosine",
+    "warmup": 0.1,
+    "decay": "matrices",
+    "head": "linear",
+    "head_init": "class-means",
+    "head_lr": None,
+}
+"""Of every arm. No arm has dropout in its backbone, which stays in eval mode; all see the same batches. Heads start at
+the class means: on 200 inverted digits that took full fine-tuning from 95.8 to 98.4 % and VPT-deep from 48 to 93 over
+the official code's Kaiming-normal start (15 epochs), so a comparison without it would measure the start of the head."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,16 @@ class Arm:
         return make(scale or Scale())
 
     def method_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """All options of the method: the shared ones, the arm's own, and `options` of a trial."""
-        own = {key: value for key, value in options.items() if key != "first"}
+        """All options of the method: the shared ones, the arm's own, and `options` of a trial; "first" holds those of
+        the arm that trains before."""
+        own = {key: value for key, value in options.items() if key != "first" or self.first is None}
         return {**EQUAL, **self.fixed, **own}
 
     def check(self, options: dict[str, Any]) -> None:
         """Raise `ValueError` for options that the method does not take."""
         methods.check(self.method, **self.method_options(options))
+        if self.first is not None:
+            arm_named(self.first).check(options.get("first", {}))
 
 
 def arm_named(arm: Arm | str) -> Arm:
@@ -115,7 +127,9 @@ def _every(**values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _prompts(scale: Scale) -> list[dict[str, Any]]:
-    ways = [("adamw", 1e-3), ("adamw", 3e-3), ("adamw", 1e-2), ("sgd", 1.0)]
+    """Of the document's three rates for SGD the smallest: with heads that start at class means 1.0 is too high (200
+    inverted digits, 1 and 4 prompts: 88.9 and 91.8 %; at 0.1 93.8 and 93.8; AdamW at 0.01 95.3 and 94.7)."""
+    ways = [("adamw", 1e-3), ("adamw", 3e-3), ("adamw", 1e-2), ("sgd", 0.25)]
     return [
         {"prompts": count, "optimizer": optimizer, "lr": lr}
         for count in scale.lengths((10, 50))
@@ -125,7 +139,8 @@ def _prompts(scale: Scale) -> list[dict[str, Any]]:
 
 def _published_prompts(scale: Scale) -> list[dict[str, Any]]:
     rates = scale.published((0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50))
-    return _every(prompts=(1, 5, 10, 50, 100, 200), optimizer=("sgd",), lr=rates, weight_decay=_DECAYS)
+    lengths = (1, 5, 10, 50, 100, 200)
+    return _every(prompts=lengths, optimizer=("sgd",), lr=rates, weight_decay=_DECAYS, head_init=("kaiming",))
 
 
 def _full(scale: Scale) -> list[dict[str, Any]]:
@@ -133,7 +148,7 @@ def _full(scale: Scale) -> list[dict[str, Any]]:
 
 
 def _published_full(scale: Scale) -> list[dict[str, Any]]:
-    return _every(lr=scale.published((1e-4, 5e-4, 1e-3, 5e-3)), weight_decay=_DECAYS)
+    return _every(lr=scale.published((1e-4, 5e-4, 1e-3, 5e-3)), weight_decay=_DECAYS, head_init=("kaiming",))
 
 
 def _mixed(scale: Scale) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ def multipliers(schedule: str, epochs: int, warmup: float = 0.1) -> list[float]:
     """The factor on the learning rate in each of `epochs` epochs.
 
     "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "warmup-cosine": climbs by (e + 1) / (W + 1) in the first
-    W = round(warmup E) epochs, so that the first is not spent at rate 0 (the trap of the official VPT code), is 1 in
+    W = round(warmup E) epochs (at most E - 2), so that the first is not spent at rate 0 (the trap of the official VPT code), is 1 in
     epoch W and falls by half a cosine to 0.001 in the last. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
     "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten epochs
     split 4/3/3 (method-null-space.md T4). "halves": x 0.5 at 3/8 and again at 3/4 (Adam-NSCL: epochs 30 and 60 of 80).
@@ -25,7 +25,7 @@ def multipliers(schedule: str, epochs: int, warmup: float = 0.1) -> list[float]:
     if schedule == "cosine":
         return [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
     if schedule == "warmup-cosine":
-        rising = min(round(warmup * epochs), epochs - 1)
+        rising = max(min(round(warmup * epochs), epochs - 2), 0)
         falling = max(epochs - 1 - rising, 1)
         climb = [(epoch + 1) / (rising + 1) for epoch in range(rising)]
         waves = [0.5 * (1 + math.cos(math.pi * epoch / falling)) for epoch in range(epochs - rising)]

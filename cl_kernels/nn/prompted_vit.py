@@ -59,7 +59,8 @@ class PromptedViT(nn.Module):
         bound = init_bound(init, backbone)  # the last check: a wrong call leaves the model as it was
         backbone.reset_classifier(0)
         self.backbone = backbone.requires_grad_(False).eval()
-        self.shallow = depth == "shallow"
+        # with one block nothing travels on, and shallow prompts are deep ones
+        self.shallow = depth == "shallow" and len(backbone.blocks) > 1
         self.placement = placement
         self.num_prompts = prompts
         self.num_features = int(backbone.num_features)
