@@ -37,6 +37,7 @@ class Rates:
     test: dict[str, float]
     fixed: dict[str, float]
     factor: float = 1.0
+    _known: dict[tuple[Any, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def none(cls) -> Rates:
@@ -49,6 +50,13 @@ class Rates:
         passes = images * epochs * self.train[arm] + steps * self.step[arm] + tested * self.test[arm]
         return self.factor * (self.fixed[arm] + passes)
 
+    def trials(self, arms: Sequence[str], images: int, epochs: int, tested: int) -> float:
+        """The same, one of every arm."""
+        key = (*arms, images, epochs, tested)
+        if key not in self._known:  # a planner asks for the same thousands of times
+            self._known[key] = sum(self.trial(arm, images, epochs, tested) for arm in arms) / self.factor
+        return self.factor * self._known[key]
+
     def observe(self, predicted: float, seconds: float) -> None:
         """Learn from a trial that was predicted with the present factor; long trials teach more than short ones."""
         if predicted <= 0 or seconds <= 0:
@@ -57,7 +65,9 @@ class Rates:
         self.factor *= min(4.0, max(0.25, seconds / predicted)) ** weight
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """What `Rates(**...)` takes."""
+        names = ("train", "step", "test", "fixed", "factor")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -132,8 +142,7 @@ def cost_of_sweep(
 
 def cost_of_cell(plan: Plan, rates: Rates, arms: Sequence[str], size: int) -> float:
     """Predicted seconds of one size with one seed, all arms."""
-    epochs = plan.epochs_at(size)
-    return sum(rates.trial(arm, size, epochs, (1 + LOOKS) * plan.tested) for arm in arms)
+    return rates.trials(arms, size, plan.epochs_at(size), (1 + LOOKS) * plan.tested)
 
 
 def cost_of_tuning(plan: Plan, rates: Rates, arms: Sequence[str]) -> float:
@@ -149,8 +158,7 @@ def cost_of_rung(plan: Plan, rates: Rates, arms: Sequence[str], anchor: int, run
     """Predicted seconds of one rung of tuning, all arms."""
     count, epochs = rungs(plan.trials, plan.epochs_at(anchor))[rung]
     tested = round((1 - FOLD) * anchor) * epochs
-    each = sum(rates.trial(arm, round(FOLD * anchor), epochs, tested) for arm in arms)
-    return plan.repeats[anchor] * count * each
+    return plan.repeats[anchor] * count * rates.trials(arms, round(FOLD * anchor), epochs, tested)
 
 
 def make_plan(
