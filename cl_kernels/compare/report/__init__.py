@@ -13,6 +13,7 @@ from cl_kernels.continual.checkpoint import write_atomically
 from cl_kernels.errors import CheckpointError
 
 from . import answer, costs, diagnosis, evidence, method, pictures
+from . import numbers as n
 from .arms import Arms
 from .blocks import Page, Section
 from .curves import curves
@@ -88,5 +89,16 @@ def _subtitle(results: Mapping[str, Any]) -> str:
     settings = results.get("settings") or {}
     data = str(settings.get("data") or "").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     backbone = str(settings.get("backbone") or "").replace("\\", "/").rsplit("/", 1)[-1]
-    parts = [f"Data: {data}" if data else "", f"Backbone: {backbone}" if backbone else ""]
+    card = results.get("data") or {}
+    counts = [
+        f"{n.count(value)} {words}"
+        for words, path in (
+            ("training images", ("train", "n")),
+            ("test images", ("test", "n")),
+            ("classes", ("classes",)),
+        )
+        if (value := n.value_of(card, *path)) is not None
+    ]
+    told = f"Data: {data}" + (f" ({', '.join(counts)})" if counts else "")
+    parts = [told if data else "", f"Backbone: {backbone}" if backbone else ""]
     return ". ".join(part for part in parts if part) + "." if any(parts) else "A comparison by cl_kernels."

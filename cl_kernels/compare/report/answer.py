@@ -21,18 +21,18 @@ def confidence(arms: Arms) -> str:
     low, high = n.value_of(now, "low"), n.value_of(now, "high")
     if low is None or high is None:
         return "How sure: no interval could be computed; see what is missing, at the end."
-    held = f"the {arms.level} interval of prompts minus full fine-tuning is {n.interval(n.points(low), n.points(high))}"
-    doubt = ", which includes no difference at all" if low <= 0 <= high else ", which leaves out no difference"
+    held = f"the {arms.level} interval, {n.interval(n.points(low), n.points(high))} points,"
+    doubt = " includes no difference at all" if low <= 0 <= high else " leaves out no difference"
     agreeing, redraws = n.value_of(now, "agreeing"), n.value_of(arms.decision, "rule", "redraws")
     agree = ""
     if agreeing is not None and redraws is not None and now.get("verdict") in ("prompts", "full"):
         agree = f"; {n.count(agreeing)} of {n.count(redraws)} re-draws name the same winner"
-    return f"How sure: with {n.count(now.get('size'))} images {held} points{doubt}{agree}."
+    return f"How sure: {held}{doubt}{agree}."
 
 
 def reasons(arms: Arms) -> list[Block]:
     """The plain reasons below the verdict."""
-    given = [str(reason) for reason in arms.decision.get("reasons") or []]
+    given = [n.sentence(reason) for reason in arms.decision.get("reasons") or []]
     return [Items(given)] if given else []
 
 
@@ -212,7 +212,7 @@ def _gap_words(one: Mapping[str, Any], name: str) -> str:
 def _crossing(crossing: Mapping[str, Any]) -> str:
     given = crossing.get("text")
     if isinstance(given, str) and given:
-        return given[0].upper() + given[1:].rstrip(".") + "."
+        return n.sentence(given)
     at, low, high = (n.value_of(crossing, end) for end in ("size", "low", "high"))
     if at is None:
         return "The two do not cross in the range that was looked at."

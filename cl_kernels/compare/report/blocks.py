@@ -134,6 +134,7 @@ class Strip:
 class Case:
     """One image of the data: what it is, and strips of what the models made of it."""
 
+    number: str
     title: str
     note: str
     strips: Sequence[Strip]

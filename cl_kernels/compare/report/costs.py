@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("Stored per task", "stored_bytes", n.size),
     ("Time per epoch", "seconds_per_epoch", n.seconds),
     ("A training step (ms)", "step_ms", n.number),
+    ("One training", "seconds_of_run", n.seconds),
     ("Time to best", "seconds_to_best", n.seconds),
     ("Peak memory", "peak_bytes", n.size),
     ("Latency, one image (ms)", "latency_ms", n.number),
@@ -31,7 +33,7 @@ _HIGHER = {"images_per_second"}
 
 def costs(results: Results, arms: Arms) -> list[Section]:
     """The table of costs and the charts of accuracy against cost."""
-    rows = [one for one in results.get("cost") or [] if one.get("arm") is not None]
+    rows = [_with_run(one, results, arms) for one in results.get("cost") or [] if one.get("arm") is not None]
     if not rows:
         note = Note("Costs were not measured; what is missing at the end of this page says why.")
         return [Section("cost", "What each arm costs", [note])]
@@ -39,6 +41,14 @@ def costs(results: Results, arms: Arms) -> list[Section]:
         Section("cost", "What each arm costs", [*_tables(rows, arms)]),
         Section("tradeoff", "Accuracy against cost", _charts(rows, arms)),
     ]
+
+
+def _with_run(one: Mapping[str, Any], results: Results, arms: Arms) -> Mapping[str, Any]:
+    """The entry with the median seconds of a whole training at the largest size."""
+    largest = arms.sizes[-1] if arms.sizes else 0
+    mine = [run for run in results.get("runs") or [] if run.get("arm") == one["arm"] and run.get("size") == largest]
+    values = [value for run in mine if (value := n.value_of(run, "seconds")) is not None]
+    return {**one, "seconds_of_run": statistics.median(values) if values else None}
 
 
 def log_axis(values: Sequence[float], title: str, text: Callable[[float], str]) -> Axis:
@@ -65,9 +75,9 @@ def _tables(rows: Sequence[Mapping[str, Any]], arms: Arms) -> list[Block]:
     ]
     blocks: list[Block] = [
         Text(
-            "Measured on this machine after warm-up, as medians. Memory is the peak while training. “Stored per task” "
-            "is what must be kept for one task beside the shared backbone: prompts and a head, or a whole copy of the "
-            "network."
+            "Measured on this machine, as medians; steps and latency after warm-up. One training is with the most "
+            "images, memory the peak while training. “Stored per task” is what must be kept for one task beside the "
+            "shared backbone: prompts and a head, or a whole copy of the network."
         ),
         Table(
             "Cost of each arm; the lowest of a column in bold (images per second: the highest)",
@@ -93,18 +103,19 @@ def _tables(rows: Sequence[Mapping[str, Any]], arms: Arms) -> list[Block]:
 
 def _charts(rows: Sequence[Mapping[str, Any]], arms: Arms) -> list[Block]:
     size = arms.sizes[-1] if arms.sizes else 0
-    kinds: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ...] = (
-        ("time", "training time to the best epoch", ("seconds_to_best",), n.seconds),
-        ("bytes", "bytes stored per task", ("stored_bytes",), n.size),
+    kinds: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
+        ("time", "seconds of one training", "seconds_of_run", n.seconds),
+        ("bytes", "bytes stored per task", "stored_bytes", n.size),
     )
     charts = [
         chart
-        for key, words, path, text in kinds
-        if (chart := _chart(rows, arms, size, key=key, words=words, path=path, text=text)) is not None
+        for key, words, name, text in kinds
+        if (chart := _chart(rows, arms, size, key=key, words=words, name=name, text=text)) is not None
     ]
     if not charts:
         return [Note("There is no arm with both an accuracy at the full size and a measured cost.")]
-    return [Text(f"Test accuracy with all {n.count(size)} images. Up and to the left is better."), Charts(charts)]
+    words = f"Test accuracy with {n.count(size)} training images, the most that were trained on. Up and left is better."
+    return [Text(words), Charts(charts)]
 
 
 def _chart(
@@ -114,22 +125,22 @@ def _chart(
     *,
     key: str,
     words: str,
-    path: tuple[str, ...],
+    name: str,
     text: Callable[[float | None], str],
 ) -> Chart | None:
     series, lines = [], []
     for one in rows:
-        name = str(one["arm"])
-        cost, found = n.value_of(one, *path), arms.accuracy(name, size)
+        arm = str(one["arm"])
+        cost, found = n.value_of(one, name), arms.accuracy(arm, size)
         if cost is None or cost <= 0 or found is None:
             continue
         mean, low, high = (n.value_of(found, end) for end in ("mean", "low", "high"))
         assert mean is not None  # accuracy() returns only what has a mean
         told = n.spread(n.percent(mean), n.percent(low), n.percent(high))
         ends = [None if v is None else 100 * v for v in (low, high)]
-        mark = Mark(cost, 100 * mean, f"{arms.title(name)}: {told} %, {text(cost)}", ends[0], ends[1])
-        series.append(Series(arms.title(name), arms.slot(name), [mark], line=False))
-        lines.append(Row(arms.title(name), [text(cost), told]))
+        mark = Mark(cost, 100 * mean, f"{arms.title(arm)}: {told} %, {text(cost)}", ends[0], ends[1])
+        series.append(Series(arms.title(arm), arms.slot(arm), [mark], line=False))
+        lines.append(Row(arms.title(arm), [text(cost), told]))
     if not series:
         return None
     held = [v for one in series for m in one.marks for v in (m.low, m.y, m.high) if v is not None]

@@ -17,7 +17,7 @@ _YOURS = "your images"
 
 def distance(found: Mapping[str, Any]) -> list[Block]:
     """The distances, each with what it rests on, on a ruler of known data sets."""
-    missing = [_sentence(one) for one in found.get("missing") or []]
+    missing = [n.sentence(one) for one in found.get("missing") or []]
     if n.value_of(found, "frechet", "value") is None:
         return [Note(" ".join(missing) or "No distance was measured; “What is missing, and why” says why.")]
     reference: Mapping[str, Any] = found.get("reference") or {}
@@ -31,7 +31,7 @@ def distance(found: Mapping[str, Any]) -> list[Block]:
     ruler = _ruler(found)
     if ruler is not None:
         blocks.append(ruler)
-    notes = [_sentence(one) for one in found.get("notes") or []]
+    notes = [n.sentence(one) for one in found.get("notes") or []]
     return [*blocks, *([Items(notes + missing)] if notes or missing else [])]
 
 
@@ -111,8 +111,3 @@ def _share(value: float | None) -> str:
 
 def _list(told: Sequence[tuple[str, Mark, bool]]) -> str:
     return "; ".join(mark.told for _, mark, _ in told)
-
-
-def _sentence(text: Any) -> str:
-    words = str(text)
-    return words[:1].upper() + words[1:].rstrip(".") + "."

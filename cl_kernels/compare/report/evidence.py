@@ -44,7 +44,7 @@ def _card(card: Mapping[str, Any]) -> list[Block]:
         ("Kind of classes, by their names", _kind(card.get("label_type"))),
     ]
     blocks: list[Block] = []
-    warnings = [str(one)[:1].upper() + str(one)[1:] + "." for one in card.get("warnings") or []]
+    warnings = [n.sentence(one) for one in card.get("warnings") or []]
     if warnings:
         blocks.append(Note("To mind: " + " ".join(warnings)))
     rows = [Row(name, [value]) for name, value in pairs if value != n.NONE]
@@ -98,7 +98,7 @@ def _probes(probes: Mapping[str, Any]) -> list[Block]:
     if len(curve) > 1:
         blocks.append(_layers(curve))
     if probes.get("missing"):
-        blocks.append(Items([str(one) for one in probes["missing"]]))
+        blocks.append(Items([n.sentence(one) for one in probes["missing"]]))
     return blocks
 
 

@@ -68,7 +68,7 @@ def prior(results: Results) -> Section:
 
 def changes(results: Results) -> Section:
     """What would change the verdict."""
-    given = [str(change) for change in (results.get("decision") or {}).get("changes") or []]
+    given = [n.sentence(change) for change in (results.get("decision") or {}).get("changes") or []]
     title = "What would change the verdict"
     return Section("changes", title, [Items(given) if given else Note("Nothing that was looked at would change it.")])
 
@@ -88,19 +88,14 @@ def weights(results: Results, arms: Arms) -> Section:
         [
             Text("The weights of each arm's best run lie beside this page as safetensors files: loading runs no code."),
             Code(str(given[first]["loader"]), f"To load {arms.title(first)}:"),
-            Table("Files", "Arm", ["File"], rows),
-            *(
-                Code(str(entry["loader"]), f"{arms.title(name)}:")
-                for name, entry in given.items()
-                if name != first
-            ),
+            Table("The files of all arms; each is loaded in the same way", "Arm", ["File"], rows),
         ],
     )  # fmt: skip
 
 
 def missing(results: Results) -> Section:
     """What is not here, and why."""
-    given = [str(one) for one in results.get("missing") or []]
+    given = [n.sentence(one) for one in results.get("missing") or []]
     return Section("missing", "What is missing, and why", [Items(given) if given else Text("Nothing is missing.")])
 
 

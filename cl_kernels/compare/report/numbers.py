@@ -6,7 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["NONE", "count", "interval", "number", "percent", "points", "seconds", "size", "spread", "value_of"]
+__all__ = [
+    "NONE",
+    "count",
+    "interval",
+    "number",
+    "percent",
+    "points",
+    "seconds",
+    "sentence",
+    "size",
+    "spread",
+    "value_of",
+]
 
 NONE = "–"
 
@@ -86,3 +98,9 @@ def size(value: float | None) -> str:
         if abs(value) < 999.5:
             return f"{number(value)} {unit}"
     return f"{number(value / 1000)} GB"
+
+
+def sentence(text: Any) -> str:
+    """A remark as a sentence: a capital letter and a full stop; the rest as it is."""
+    words = str(text).strip()
+    return words[:1].upper() + words[1:].rstrip(".") + "." if words else ""

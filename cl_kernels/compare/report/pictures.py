@@ -83,7 +83,7 @@ def _case(image: Mapping[str, Any], titles: Mapping[str, str], arms: Arms, folde
     title = f"Test image {image.get('number')}"
     if image.get("class") is not None:
         title += f", true class “{image['class']}”"
-    return Case(title, "; ".join(said) + "." if said else "", strips)
+    return Case(str(image.get("number")), title, "; ".join(said) + "." if said else "", strips)
 
 
 def _titled(text: str, arms: Arms) -> str:

@@ -180,8 +180,10 @@ def _axes(x: Axis, y: Axis) -> str:
         parts.append(f'<text x="{LEFT - 6:g}" y="{at:.1f}" dy=".34em" text-anchor="end">{escape(label)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT:g} {BOTTOM:g}H{RIGHT:g}"/>')
     for at, label in _fitting(x, lambda value: LEFT + x.place(value) * (RIGHT - LEFT)):
-        last = at > RIGHT - _LETTER * len(label) / 2 + 10
-        place, anchor = (at + 6, "end") if last else (at, "middle")
+        half = _LETTER * len(label) / 2
+        place, anchor = (at + 6, "end") if at > RIGHT - half + 10 else (at, "middle")
+        if at < LEFT + half:  # the lowest label of y stands at the left
+            place, anchor = at - 2, "start"
         parts.append(f'<path class="axis" d="M{at:.1f} {BOTTOM:g}v4"/>')
         parts.append(f'<text x="{place:.1f}" y="{BOTTOM + 17:g}" text-anchor="{anchor}">{escape(label)}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2:g}" y="{HEIGHT - 6:g}" text-anchor="middle">{escape(x.title)}</text>')
