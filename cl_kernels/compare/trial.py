@@ -20,7 +20,7 @@ from cl_kernels.compare._loop import PREDICT, Batch, Loop, Settings, Stopped, lo
 from cl_kernels.compare.arms import Arm, arm_named
 from cl_kernels.continual import seeds
 from cl_kernels.errors import NonFiniteError
-from cl_kernels.nn._backbone import digest_of
+from cl_kernels.nn._backbone import digest_of, plain_state
 
 __all__ = ["Trial", "train_trial"]
 
@@ -40,7 +40,7 @@ class Trial:
     * rates: first, highest and last learning rate of the body, as they were used.
     * seconds: "total"; "train" and "evaluate"; "epoch", the median of training one; "to_best", until the best epoch.
     * peak_bytes: see `Footprint`; trainable_parameters; stored_bytes: of what a task adds to the backbone.
-    * digests: sha256 of the "backbone" before and "after" training, and of "trained", all that has trained.
+    * digests: sha256 of the "backbone" as given and "after" training, and of "trained", all that has trained.
     * method: the trained method, as after the last epoch; use `at_best` for the other.
     """
 
@@ -113,8 +113,10 @@ def train_trial(
     chosen.check(options)
     trial = Trial(chosen.name, chosen.method, chosen.method_options(options), seed, epochs)
     started = time.perf_counter()
-    model = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone()
-    device = next(model.parameters()).device
+    model: Any = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone()
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(0)
+    device, trial.digests["backbone"] = next(model.parameters()).device, digest_of(plain_state(model))
     settings = Settings(classes, epochs, batch_size, seed, augment, deadline)
     with seeds.seeded(seed, device, None):
         if chosen.first is not None:
@@ -158,7 +160,6 @@ class _Run:
         if method.frozen and data[0].ndim == 4 and settings.augment == "none":
             data = (self._features(method, data[0]), data[1])
         self.method = trial.method = method
-        trial.digests["backbone"] = digest_of(_weights(method))
         self.loop = Loop(method, data, settings)
         self._best: dict[str, Tensor] = {}
         self._spent = 0.0  # on looking at validation and test images
@@ -217,13 +218,15 @@ class _Run:
         trial.peak_bytes = footprint.peak(optimizer) if footprint is not None else 0
         trained = self._trained()
         trial.stored_bytes = sum(value.numel() * value.element_size() for _, value in trained)
-        trial.digests |= {"after": digest_of(_weights(self.method)), "trained": digest_of(dict(trained))}
+        trial.digests |= {"after": digest_of(plain_state(self.method.backbone)), "trained": digest_of(dict(trained))}
         if test_images is not None:
             trial.final = trial.best = self._predict(test_images)
             if trial.best_epoch not in (None, trial.epochs):
                 with self._at_best():
                     trial.best = self._predict(test_images)
         self.loop.end()
+        for _, value in trained:
+            value.grad = None
 
     @contextmanager
     def _at_best(self) -> Iterator[None]:
@@ -253,16 +256,6 @@ class _Run:
     def _features(self, method: methods.Method, images: Tensor) -> Tensor:
         parts = [method.features(part.to(self.device)) for part in images.split(PREDICT)]
         return torch.cat(parts)
-
-
-def _weights(method: methods.Method) -> dict[str, Tensor]:
-    """The backbone's tensors by the names they had before LoRA wrapped its layers."""
-    state = method.backbone.state_dict()
-    return {
-        name.replace(".base.", "."): value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and ".adapters." not in name
-    }
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from cl_kernels.continual import checkpoint
 from cl_kernels.data.architectures import architecture_of, build_backbone
 from cl_kernels.data.preprocess import Preprocessing
 from cl_kernels.errors import CheckpointError
+from cl_kernels.nn._backbone import plain_state
 
 __all__ = ["Deployed", "load_model", "save_model"]
 
@@ -68,13 +69,14 @@ def save_model(
     `name` and `options` made the method, `backbone` is the name its backbone was loaded by. Raises `ValueError` for a
     backbone that cannot be rebuilt from its name and attributes, and `OSError` with the old file in place.
     """
+    state = plain_state(method.backbone)
     tree = {
         "method": name,
         "options": json.dumps(dict(options)),
-        "architecture": json.dumps(architecture_of(backbone, method.backbone)),
+        "architecture": json.dumps(architecture_of(backbone, method.backbone, state)),
         "preprocessing": json.dumps(vars(preprocess)),
         "class_names": list(class_names),
-        "backbone": dict(method.backbone.state_dict()),
+        "backbone": state,
         "state": method.inference_state(),
     }
     checkpoint.save_atomically(path, tree, fingerprint=FINGERPRINT)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cl_kernels._timm import import_timm
 
@@ -38,9 +38,10 @@ def checked_fields(shape: object) -> dict[str, Any]:
     return shape
 
 
-def architecture_of(name: str, model: nn.Module) -> dict[str, Any]:
+def architecture_of(name: str, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """What `build_backbone` needs to build a model of `model`'s shape, which was loaded by `name`.
 
+    `state`: its tensors by the names it was loaded with, where its layers were wrapped since (None: as they are).
     Raises `ValueError` where the two would not have the same tensors: a model put together by hand.
     """
     timm, given = import_timm(), cast(Any, model)  # what a model of another kind lacks is refused below
@@ -64,7 +65,7 @@ def architecture_of(name: str, model: nn.Module) -> dict[str, Any]:
             other = build_backbone(found).state_dict()
     except (AttributeError, TypeError, IndexError) as error:
         raise ValueError(f"backbone {name!r} has a shape that no name and no fields describe ({error})") from error
-    mine = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    mine = {key: tuple(value.shape) for key, value in (model.state_dict() if state is None else state).items()}
     if mine != {key: tuple(value.shape) for key, value in other.items()}:
         raise ValueError(f"backbone {name!r} is not what its name and shape say: {found}")
     return found

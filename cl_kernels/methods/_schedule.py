@@ -13,13 +13,13 @@ FLOOR = 1e-3  # where "warmup-cosine" ends, as a share of its top
 def multipliers(schedule: str, epochs: int, warmup: float = 0.1) -> list[float]:
     """The factor on the learning rate in each of `epochs` epochs.
 
-    "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "warmup-cosine": climbs by (e + 1) / (W + 1) in the first
-    W = round(warmup E) epochs (at most E - 2), so that the first is not spent at rate 0 (the trap of the official VPT code), is 1 in
-    epoch W and falls by half a cosine to 0.001 in the last. "steps": x 0.1 at 50 % and again at 80 % (the NSP2 paper).
-    "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten epochs
-    split 4/3/3 (method-null-space.md T4). "halves": x 0.5 at 3/8 and again at 3/4 (Adam-NSCL: epochs 30 and 60 of 80).
-    "quarter-cosine": cos(99 pi e / (200 (E - 1))), from 1 to 0.0157 (CODA-Prompt; its code repeats the first factor and
-    never takes the last). Raises `ValueError` for another name."""
+    "constant": 1. "cosine": (1 + cos(pi e / E)) / 2. "warmup-cosine": climbs by (e + 1) / (W + 1) in the first W =
+    round(warmup E) epochs (at most E - 2), so that the first is not spent at rate 0 as in the official VPT code, is 1
+    in epoch W and falls by half a cosine to 0.001 in the last. "steps": x 0.1 at 50 % and again at 80 % (the NSP2
+    paper). "steps-official": the same one epoch early, because the official code's scheduler looks up epoch + 1; ten
+    epochs split 4/3/3 (method-null-space.md T4). "halves": x 0.5 at 3/8 and again at 3/4 (Adam-NSCL: epochs 30 and 60
+    of 80). "quarter-cosine": cos(99 pi e / (200 (E - 1))), from 1 to 0.0157 (CODA-Prompt; its code repeats the first
+    factor and never takes the last). Raises `ValueError` for another name."""
     if schedule == "constant":
         return [1.0] * epochs
     if schedule == "cosine":

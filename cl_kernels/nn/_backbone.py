@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_images", "digest", "digest_of", "embed", "prefix_rows", "reads_one_row"]
+__all__ = ["check_images", "digest", "digest_of", "embed", "plain_state", "prefix_rows", "reads_one_row"]
 
 
 def check_images(backbone: Any, images: Tensor) -> None:
@@ -37,6 +37,15 @@ def prefix_rows(backbone: Any) -> int:
 def reads_one_row(backbone: Any) -> bool:
     """Whether the feature is row 0 alone, so that the last block need not compute the others."""
     return backbone.global_pool == "token" and getattr(backbone, "attn_pool", None) is None
+
+
+def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a timm model under its own names, where a `LoRAStack` may have wrapped its layers."""
+    return {
+        name.replace(".base.", "."): value
+        for name, value in backbone.state_dict().items()
+        if isinstance(value, Tensor) and ".adapters." not in name
+    }
 
 
 @torch.no_grad()
