@@ -25,7 +25,7 @@ from cl_kernels import methods
 from cl_kernels._timm import import_timm
 from cl_kernels.methods.kdp import KDP
 
-TABLE = ("kdp task, 6 blocks 192 -> 96, 48 images, 10 epochs",)
+TABLE = ("kdp task",)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sizes:
     teacher: int = 192
     depth: int = 6
     side: int = 64
-    images: int = 48
+    images: int = 24
     epochs: int = 10
     batch: int = 16
 

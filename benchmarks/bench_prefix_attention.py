@@ -179,7 +179,7 @@ def cases(quick: bool) -> Iterable[Plan]:
         yield attention(Sizes(3, 2, 2, 30, 7, 32, shared=False), ALL, "cpu")
         yield vpt_deep(64, 2, 2, 20, 48, "cpu")
         return
-    yield vpt_deep(384, 12, 8, 100, 224, "cpu")
+    yield vpt_deep(384, 12, 4, 100, 224, "cpu")
     for prefix in (4, 100):
         for what in (FORWARD, ALL, PREFIX):
             yield attention(Sizes(8, 6, 197, 197, prefix), what, "cpu", compiled=what == ALL)

@@ -22,7 +22,11 @@ from cl_kernels import CovarianceCollector
 from cl_kernels._timm import import_timm
 from cl_kernels.nn import PromptedViT
 
-TABLE = ("prompt statistics, embedded", "input statistics of every linear, embedded", "inputs of the linears")
+TABLE = (
+    "prompt statistics, embedded",
+    "input statistics of every linear, embedded",
+    "inputs of the linears of 1 blocks, 6304",
+)
 
 
 def vit(width: int, depth: int, heads: int, size: int, patch: int) -> torch.nn.Module:
@@ -191,8 +195,9 @@ def cases(quick: bool) -> Iterable[Plan]:
     embedded = Setting("embedded model", 128, 4, 4, 32, 8, 20 if quick else 100)
     yield prompt_pass(embedded)
     yield input_pass(embedded)
-    yield block_inputs(788, 64, 2) if quick else block_inputs(25216, 768, 1)
+    yield block_inputs(788, 64, 2) if quick else block_inputs(6304, 768, 1)
     if not quick:
+        yield block_inputs(25216, 768, 1)
         small = Setting("two blocks of ViT-S/16", 384, 2, 6, 224, 16, 8)
         yield prompt_pass(small)
         yield input_pass(small)

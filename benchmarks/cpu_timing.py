@@ -13,11 +13,12 @@ from cl_kernels.benchmarks.memory import peak_extra
 
 __all__ = ["BUDGET_S", "best", "clock", "rates", "schedule", "times"]
 
-BUDGET_S: Final = 3.0  # seconds of timing for a case in a pass
+BUDGET_S: Final = 2.0  # seconds of timing for a case in a pass
 SLICE_S: Final = 0.01  # a slice is timed as a whole; the clock counts in microseconds, a tick of the kernel in 1-4 ms
 SLICES: Final = 3  # a block's value is the least of its slices: what an interrupt hit is left out
 MOST, FEWEST = 15, 2  # blocks of a variant
-LONG_S: Final = 1.5  # a first call this long counts as a block: warming up is a small part of it
+LONG_S: Final = 0.7  # a first call this long counts as a block: warming up is a small part of it
+ENDLESS_S: Final = 2.0  # a first call this long is the only one of its pass
 
 
 def clock() -> float:
@@ -77,17 +78,17 @@ def times(
     """Blocks of CPU time a call, minimum wall time, peak extra memory of each variant.
 
     `first`: CPU seconds of a first call, which say how many calls and blocks fit the budget; all variants have the same
-    share of it. At least 2 blocks, however long they are; a first call of a second and a half counts as one.
+    share of it. At least 2 blocks, the first call counted where it is long; one that takes seconds is not repeated, and
+    its memory not measured: the next pass brings the second block.
     """
     quickest = {name: first[name] if first[name] > 0.1 else best(call, 2) for name, call in variants.items()}
     calls = {name: max(1, round(SLICE_S / max(seconds, 1e-7))) for name, seconds in quickest.items()}
     slices = {name: SLICES if calls[name] * quickest[name] < 10 * SLICE_S else 1 for name in variants}
-    long = {name: first[name] > LONG_S for name in variants}
-    blocks: dict[str, list[float]] = {name: [first[name]] if long[name] else [] for name in variants}
+    blocks: dict[str, list[float]] = {name: [first[name]] if first[name] > LONG_S else [] for name in variants}
     wanted = {}
     for name, seconds in quickest.items():
         fits = int(budget_s / len(variants) / max(slices[name] * calls[name] * seconds, 1e-9))
-        wanted[name] = max(FEWEST - len(blocks[name]), min(MOST, fits))
+        wanted[name] = 0 if first[name] > ENDLESS_S else max(FEWEST - len(blocks[name]), min(MOST, fits))
     wall: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     gc.disable()
@@ -102,8 +103,8 @@ def times(
         name: {
             "blocks": [blocks[name]],
             "calls": calls[name] * slices[name],
-            "wall_min_s": min(wall[name]),
-            "peak_bytes": peak_extra(call) if peaks else None,
+            "wall_min_s": min(wall[name], default=None),
+            "peak_bytes": peak_extra(call) if peaks and first[name] <= ENDLESS_S else None,
         }
         for name, call in variants.items()
     }

@@ -112,17 +112,17 @@ def test_variants_take_turns_evenly() -> None:
 
 
 def test_a_budget_decides_how_often() -> None:
-    """Both have the same share; a first call of seconds counts, so that it is called twice and not three times."""
-    calls = {"quick": 0, "slow": 0}
+    """All have the same share; a first call counts where it is long, and is the only one where it takes seconds."""
+    calls = {"quick": 0, "long": 0, "endless": 0}
 
     def call(name: str) -> None:
         calls[name] += 1
 
     variants = {name: (lambda name=name: call(name)) for name in calls}
-    found = cpu_timing.times(variants, {"quick": 0.2, "slow": 100.0}, 4.0, peaks=False)
-    assert len(found["quick"]["blocks"][0]) == 10
-    assert found["slow"]["blocks"][0][0] == 100.0
-    assert calls == {"quick": 10, "slow": 1}
+    found = cpu_timing.times(variants, {"quick": 0.2, "long": 1.0, "endless": 100.0}, 6.0, peaks=False)
+    assert [len(found[name]["blocks"][0]) for name in calls] == [10, 3, 1]
+    assert found["endless"]["blocks"] == [[100.0]]
+    assert calls == {"quick": 10, "long": 2, "endless": 0}
 
 
 def test_the_clock_counts_children() -> None:
