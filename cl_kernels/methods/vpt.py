@@ -65,7 +65,7 @@ class VPTDeep(HeadMethod):
     name: ClassVar[str] = "vpt-deep"
     depth: ClassVar[str] = "deep"
     options_type: ClassVar[type[Options]] = VPTOptions
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 1e-3  # new digits, 5 tasks, vpt-deep: 95.8 %; at 1e-2 89.8, as nothing is protected
     default_weight_decay: ClassVar[float] = 0.0
     options: VPTOptions
     model: PromptedViT
