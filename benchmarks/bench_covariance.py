@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from cl_kernels.benchmarks import official
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 from cl_kernels.benchmarks.options import expect
 from torch import Tensor
@@ -165,12 +166,6 @@ def head_grams(
         rows = q[:, head].reshape(-1, width).double()
         exact += part.mT @ (rows.mT @ rows) @ part
 
-    def official() -> Tensor:
-        """Keys' weights repeated over the batch, queries expanded to D, one D x D Gram (train_eval.py:552-568)."""
-        expanded = q @ slices.expand(images, heads, width, d)
-        flat = expanded.reshape(-1, d)
-        return official_state.add_(flat.mT @ flat)
-
     def batched(q: Tensor) -> Tensor:
         flat = q.transpose(0, 1).reshape(heads, -1, width)
         return flat.mT @ flat
@@ -182,7 +177,7 @@ def head_grams(
     variants = {
         "ours": lambda: ops.update_head_grams_(grams, q),
         "torch batched Grams": torch_grams(batched),
-        "official expansion": official,
+        "official expansion": lambda: official_state.add_(official.expanded_gram(q, slices)),
     }
     if compiled and can_compile():
         variants["torch.compile of batched Grams"] = torch_grams(torch.compile(batched))

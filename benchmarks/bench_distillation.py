@@ -8,14 +8,12 @@ of logits and two writes of gradients at the rate of a copy.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cl_kernels.benchmarks import official, peers
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 from cl_kernels.benchmarks.options import expect
 from torch import Tensor
@@ -43,31 +41,16 @@ def eager(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return (1 - ALPHA) * F.cross_entropy(z, y) + ALPHA * soft
 
 
-def official(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The steps of the official code: softmax of the teacher, summed kl_div, division by the batch, T^2."""
-    with torch.no_grad():
-        p_t = F.softmax(t / T, dim=1)
-    soft = F.kl_div(F.log_softmax(s / T, dim=1), p_t, reduction="sum") / s.shape[0]
-    return F.cross_entropy(z, y) * (1 - ALPHA) + soft * (T**2) * ALPHA
+def officially(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return official.distillation(z, s, t, y, alpha=ALPHA, temperature=T)
 
 
 def ours(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return distillation_loss(z, s, t, y, alpha=ALPHA, temperature=T)
 
 
-@functools.cache
-def liger_kl() -> Callable[..., Any] | None:
-    """Liger's kl_div on log-probabilities; the softmaxes stay outside of it."""
-    if not importlib.util.find_spec("liger_kernel"):
-        return None
-    from liger_kernel.ops.kl_div import LigerKLDivLossFunction
-
-    apply: Callable[..., Any] = LigerKLDivLossFunction.apply
-    return apply
-
-
 def with_liger(z: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    kl = liger_kl()
+    kl = peers.liger_kl()
     if kl is None:
         raise RuntimeError("liger_kernel is not installed")
     soft = kl(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), "batchmean", True)
@@ -85,10 +68,10 @@ def step(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], given: Heads)
 @planned("two heads {rows}x{columns} {dtype}")
 def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles: bool) -> Case:
     given = heads(rows, columns, dtype, device)
-    forms = {"ours": ours, "eager torch": eager, "official": official}
+    forms = {"ours": ours, "eager torch": eager, "official": officially}
     if compiles and can_compile():
         forms["torch.compile"] = torch.compile(eager)
-    if device == "cuda" and liger_kl():
+    if device == "cuda" and peers.liger_kl():
         forms["Liger kl_div"] = with_liger
     short = dtype != torch.float32
     many = rows * columns > 1 << 24  # a float64 copy of everything would not fit beside it
@@ -108,16 +91,8 @@ def two_heads(rows: int, columns: int, dtype: torch.dtype, device: str, compiles
 
 @planned("decoupled {rows}x{columns} float32")
 def decoupled(rows: int, columns: int, device: str) -> Case:
-    """DKD as its authors write it, with 1000 subtracted from the target's logit; that is float32's limit."""
+    """DKD and its gradient."""
     _, s, t, y = heads(rows, columns, torch.float32, device)
-
-    def by_hand(s: Tensor) -> Tensor:
-        hot = F.one_hot(y, columns)
-        p, q = F.softmax(s / 4, 1), F.softmax(t / 4, 1)
-        two_s, two_t = (torch.stack([(x * hot).sum(1), (x * (1 - hot)).sum(1)], 1) for x in (p, q))
-        two_way = F.kl_div(two_s.log(), two_t, reduction="sum") * 16 / rows
-        rest = F.kl_div(F.log_softmax(s / 4 - 1000 * hot, 1), F.softmax(t / 4 - 1000 * hot, 1), reduction="sum")
-        return two_way + 4 * rest * 16 / rows
 
     def gradients(loss: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor]:
         value = loss(at)
@@ -127,7 +102,7 @@ def decoupled(rows: int, columns: int, device: str) -> Case:
     return Case(
         {
             "ours": lambda: gradients(lambda x: dkd_loss(x, t, y), s),
-            "official": lambda: gradients(by_hand, s),
+            "official": lambda: gradients(lambda x: official.dkd(x, t, y), s),
         },
         gradients(lambda x: dkd_loss(x, t.double(), y), exact),
         {"ours": 2e-6, "official": 1e-3},

@@ -15,9 +15,9 @@ import copy
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from cl_kernels.benchmarks import official
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from torch import Tensor, nn
 
@@ -99,25 +99,7 @@ class Schedule:
 
     def official(self) -> Tensor:
         method = self.begun()
-        student, teacher = method.model, method.teacher.model if method.teacher else method.model
-        student.prune = teacher.prune = False
-        for model in (student, teacher):
-            for parameter in model.backbone.parameters():
-                parameter.requires_grad_()
-        correlations: dict[int, Tensor] = {}
-        blocks: Any = teacher.backbone.blocks
-        for index, block in enumerate(blocks):
-            block.register_forward_hook(
-                lambda _, __, out, index=index: correlations.update({index: (out @ out.mT).detach()})
-            )
-        for phase in (0, 1):
-            if phase:
-                method.begin_phase(phase)
-            for rows in self.task.order():
-                batch = self.task.images[rows], self.task.labels[rows]
-                if phase:
-                    student.query(batch[0])  # the student's own copy of what the teacher's pool has asked
-                self.step(method, method.loss(batch))
+        official.kdp_task(method, self.task.images, self.task.labels, self.task.order, self.step)
         return self.predictions(method)
 
     def lean(self, cached: bool) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
+from cl_kernels.benchmarks import official
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from cl_kernels.benchmarks.options import expect
 from torch import Tensor
@@ -92,12 +93,12 @@ class Block:
         layer = self.layers[name]
         parts = []
         for part, adapters in layer.named_adapters():
-            delta = adapters.lora_a @ adapters.lora_b
+            past = None
             if adapters.ranks:
                 old_a = adapters.past_a.unflatten(1, (-1, RANK)).permute(1, 0, 2)  # [tasks, in, r], a view
-                products = torch.einsum("tdr,trl->tdl", old_a, adapters.past_b.unflatten(0, (-1, RANK)))
-                delta = delta + (adapters.omega[:, None, None] * products).sum(dim=0)
-            parts.append(layer.base.weight[layer.slices[part]] + (self.stack.scale * delta).mT)
+                past = (old_a, adapters.past_b.unflatten(0, (-1, RANK)), adapters.omega)
+            base = layer.base.weight[layer.slices[part]]
+            parts.append(official.lorac_weight(base, adapters.lora_a, adapters.lora_b, past, self.stack.scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -151,15 +152,11 @@ def penalty(tasks: int, device: str) -> Case:
         value = block.stack.penalty()
         return [value.detach(), *torch.autograd.grad(value, downs)]
 
-    def official() -> list[Tensor]:
-        terms = []
-        for adapters in block.stack.places().values():
-            stack = torch.cat([adapters.past_a, adapters.lora_a], dim=1)
-            terms.append(torch.linalg.matrix_norm(stack.mT @ stack - torch.eye(stack.shape[1], device=device)))
-        value = torch.stack(terms).sum()
+    def officially() -> list[Tensor]:
+        value = official.lorac_penalty((adapters.past_a, adapters.lora_a) for adapters in block.stack.places().values())
         return [value.detach(), *torch.autograd.grad(value, downs)]
 
-    return Case({"ours": ours, "official": official}, block.exact(official), 1e-4)
+    return Case({"ours": ours, "official": officially}, block.exact(officially), 1e-4)
 
 
 def custom(sizes: Sequence[int], dtype: torch.dtype | None, device: str) -> Iterable[Plan]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks import official, peers
 from cl_kernels.benchmarks.bench_projection import EMBEDDED_RANKS, EMBEDDED_SHAPES, MODELS
 from cl_kernels.benchmarks.counting import count
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
@@ -93,7 +94,7 @@ def stepper(net: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def official(net: nn.Module, store: Store) -> Step:
+def official_loop(net: nn.Module, store: Store) -> Step:
     """Plain AdamW, then each projected parameter's movement multiplied by dense factors, as released codes do."""
     optimizer = torch.optim.AdamW(net.parameters())
     named = dict(net.named_parameters())
@@ -103,14 +104,7 @@ def official(net: nn.Module, store: Store) -> Step:
     }
 
     def step() -> list[Tensor]:
-        before = {name: named[name].detach().clone() for name in dense}
-        optimizer.step()
-        with torch.no_grad():
-            for name, (left, right) in dense.items():
-                p, old = named[name], before[name]
-                u = p - old
-                u = u if left is None else left @ u
-                p.copy_(old + (u if right is None else u @ right))
+        official.frozen_movement(net, optimizer, dense)
         return [p.detach() for p in net.parameters()]
 
     return step
@@ -128,6 +122,18 @@ def any_optimizer(net: nn.Module, store: Store) -> Step:
     optimizer = torch.optim.AdamW(net.named_parameters(), fused=True)
     project_updates(optimizer, store)
     return stepper(net, optimizer)
+
+
+def galore(net: nn.Module) -> Step:
+    """Matrices in GaLore's low-rank space, an SVD every 200 steps; everything else by its AdamW."""
+    make = peers.galore_adamw()
+    if make is None:
+        raise RuntimeError("galore_torch is not installed")
+    every = list(net.parameters())
+    matrices = {"rank": 64, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    groups = [{"params": [p for p in every if p.ndim != 2]}]
+    groups.append({"params": [p for p in every if p.ndim == 2], **matrices})
+    return stepper(net, make(groups, lr=1e-3))
 
 
 @planned("optimizer step, {name}")
@@ -150,13 +156,15 @@ def optimizer_case(name: str, make: Callable[[], tuple[nn.Module, Store]], devic
         "AdamW foreach": lambda net: stepper(net, torchs(net.parameters(), foreach=True)),
         "AdamW fused": lambda net: stepper(net, torchs(net.parameters(), fused=True)),
     }
+    if peers.galore_adamw():
+        makers["GaLore AdamW, rank 64"] = galore
     if loops:
-        makers["official loop"] = lambda net: official(net, store)
+        makers["official loop"] = lambda net: official_loop(net, store)
     counted = {kind: count(variant(make), device) for kind, make in makers.items()}
     wide = copy.deepcopy(model).double()
     for p, g in zip(wide.parameters(), grads, strict=True):
         p.grad = g.double()
-    exact = official(wide, store)()
+    exact = official_loop(wide, store)()
     close = {"ours", "project_updates(AdamW fused)", "official loop"}
     tolerance = {kind: 1e-5 if kind in close else float("inf") for kind in makers}
     elements = sum(p.numel() for p in model.parameters())

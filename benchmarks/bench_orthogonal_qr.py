@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from cl_kernels.benchmarks import official
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from cl_kernels.benchmarks.options import expect
 from torch import Tensor
@@ -184,20 +185,15 @@ def penalty(tasks: int, rank: int, device: str) -> Case:
         total = sum(orthogonality_penalty(n, o, past=p).sum() for n, o, p in zip(news, olds, given, strict=True))
         return [torch.as_tensor(total).detach(), *torch.autograd.grad(torch.as_tensor(total), news)]
 
-    def official() -> list[Tensor]:
-        total = torch.zeros((), device=device)
-        for group in separate:
-            for old, new in group:
-                stack = torch.cat([old, new], -1)
-                gram = stack.mT @ stack
-                total = total + (gram - torch.eye(gram.shape[-1], device=device)).norm()
+    def officially() -> list[Tensor]:
+        total = official.lorac_penalty(pair for group in separate for pair in group)
         grads = torch.autograd.grad(total, [new for group in separate for _, new in group])
         return [total.detach(), torch.stack(grads[:60]), torch.stack(grads[60:])]
 
     work = sum(count * m * rank * (4 * tasks * rank + 4 * rank) for count, m in sizes)
     return Case(
-        {"ours": lambda: ours(True), "ours, past computed": lambda: ours(False), "official loop": official},
-        official(),
+        {"ours": lambda: ours(True), "ours, past computed": lambda: ours(False), "official loop": officially},
+        officially(),
         1e-4,
         flops=float(work),
         bytes_moved=4.0 * sum(count * m * (tasks + 3) * rank for count, m in sizes),

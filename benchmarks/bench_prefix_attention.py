@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from cl_kernels.benchmarks import official
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
 from cl_kernels.benchmarks.options import expect
 from torch import Tensor
@@ -60,12 +61,6 @@ def concatenated(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Te
     return F.scaled_dot_product_attention(q, keys, values)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    """With the map in memory, as the official repositories do."""
-    keys, values = (torch.cat((x, p.expand(len(x), -1, -1, -1)), 2) for x, p in ((k, prefix_k), (v, prefix_v)))
-    return ((q @ keys.mT) * q.shape[-1] ** -0.5).softmax(-1) @ values
-
-
 def merged(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     with use_backend("triton" if q.is_cuda else "reference"):
         return prefix_attention(q, k, v, prefix_k, prefix_v)
@@ -99,12 +94,16 @@ def attention(
             out = form(*inputs)
         return [out.detach(), *(torch.autograd.grad(out, wanted, weight.to(out.dtype)) if wanted else ())]
 
-    forms = {"ours": prefix_attention, "torch concat + SDPA": concatenated, "softmax written out": written_out}
+    forms = {
+        "ours": prefix_attention,
+        "torch concat + SDPA": concatenated,
+        "softmax written out": official.attention_map,
+    }
     forms["merged"] = merged
     if compiled and can_compile():
         forms["torch.compile of concat + SDPA"] = torch.compile(concatenated, fullgraph=True)
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in given]
-    expected = call(written_out, wide, [x for x in wide if x.requires_grad])
+    expected = call(official.attention_map, wide, [x for x in wide if x.requires_grad])
     b, h, n, m, d = sizes.images, sizes.heads, sizes.queries, sizes.tokens + sizes.prefix, sizes.width
     queries, keys = b * h * n * d, b * h * sizes.tokens * d
     moved = {FORWARD: 2 * queries + 2 * keys, ALL: 6 * queries + 6 * keys, PREFIX: 5 * queries + 2 * keys}[what]
@@ -134,21 +133,12 @@ def vpt_deep(width: int, depth: int, images: int, prompts: int, size: int, devic
     x = torch.randn(images, 3, size, size, device=device)
     weight = torch.randn(images, width, device=device)
 
-    def as_rows(model: PromptedViT, x: Tensor) -> Tensor:
-        body = model.backbone
-        rows = body.norm_pre(body._pos_embed(body.patch_embed(x)))
-        for index, block in enumerate(body.blocks):
-            prompt = model.prompts[index].expand(len(x), -1, -1)
-            rows = block(torch.cat((rows[:, :1], prompt, rows[:, 1 if index == 0 else 1 + prompts :]), 1))
-        features: Tensor = body.forward_head(body.norm(rows), pre_logits=True)
-        return features
-
     def step(form: Callable[[PromptedViT, Tensor], Tensor], model: PromptedViT, x: Tensor) -> list[Tensor]:
         features = form(model, x)
         return [features.detach(), *torch.autograd.grad(features, list(model.prompts), weight.to(features))]
 
     model.double()
-    expected = step(as_rows, model, x.double())
+    expected = step(official.prompts_as_rows, model, x.double())
     model.float()
     rows = (size // 16) ** 2 + 1
     linear = 24 * rows * width**2
@@ -156,7 +146,7 @@ def vpt_deep(width: int, depth: int, images: int, prompts: int, size: int, devic
     return Case(
         {
             "ours": lambda: step(PromptedViT.forward, model, x),
-            "prompts as rows": lambda: step(as_rows, model, x),
+            "prompts as rows": lambda: step(official.prompts_as_rows, model, x),
         },
         expected,
         2e-5,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from cl_kernels.benchmarks import official
 from cl_kernels.benchmarks.harness import Case, Plan, main, planned
 from torch import Tensor
 
@@ -73,23 +74,15 @@ def prompt_pass(setting: Setting, prompts: int = 4) -> Case:
             return passes(model, images)
 
     @torch.no_grad()
-    def official() -> Tensor:
-        def read(block: int, q: Tensor, mass: Tensor) -> None:
-            weight = model.key_weight(block).unflatten(0, (q.shape[1], -1))
-            rows = torch.einsum("bhnd,hdw->bhnw", q, weight).flatten(0, 2)
-            sums.append(rows.mT @ rows / len(rows))
-            sums.append(mass.flatten(0, 2).mT @ mass.flatten(0, 2) / len(rows))
-
-        sums: list[Tensor] = []
-        with model.observe(read):
-            return passes(model, images)
+    def officially() -> Tensor:
+        return official.nsp2_statistics(model, lambda: passes(model, images))
 
     @torch.no_grad()
     def plain() -> Tensor:
         return passes(model, images)
 
     return Case(
-        {"ours": gathering, "forward alone": plain, "official: J1 expanded": official},
+        {"ours": gathering, "forward alone": plain, "official: J1 expanded": officially},
         plain(),
         1e-6,
         yardsticks=("forward alone",),

@@ -18,11 +18,6 @@ from typing import Any
 import torch
 from cl_kernels.benchmarks.counting import Counter, count
 from cl_kernels.benchmarks.ftp_variants import (
-    BETA1,
-    BETA2,
-    EPS,
-    MOMENTUM,
-    Official,
     State,
     Step,
     layers,
@@ -31,6 +26,7 @@ from cl_kernels.benchmarks.ftp_variants import (
     vectorised,
 )
 from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
+from cl_kernels.benchmarks.official_ftp import BETA1, BETA2, EPS, MOMENTUM, Released
 
 from cl_kernels.ops import weight_projection as wp
 
@@ -86,7 +82,7 @@ def variants(s: State, *, compile_too: bool) -> tuple[dict[str, Step], dict[str,
     narrow, wide = Ours(s, narrow=True), Ours(s)
     steps = {"ours": s.fresh(wide.step), "ours, bf16 anchors": s.fresh(narrow.step)}
     kept = {"ours": total(s.anchors), "ours, bf16 anchors": total(narrow.anchors)}
-    loop = Official(s)
+    loop = Released(s)
     steps["official loop"], kept["official loop"] = s.fresh(loop.step), total([*s.anchors, *loop.cached])
     steps["foreach"] = vectorised(s, fused=False)
     if s.base == "adam":

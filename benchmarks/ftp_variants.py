@@ -7,21 +7,29 @@ call of each begins from the same values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks.official_ftp import (
+    BETA1,
+    BETA2,
+    EPS,
+    FLOOR,
+    MOMENTUM,
+    RADIUS_BETA1,
+    RADIUS_BETA2,
+    STEPS,
+    Released,
+    rows,
+)  # fmt: skip
 from torch import Tensor, nn
-from torch.nn.functional import hardtanh
 from torch.optim.adam import adam
 
 __all__ = ["State", "Step", "layers", "official", "parameter_list", "rows", "torch_optimizer", "vectorised"]
 
-LR, BETA1, BETA2, EPS, MOMENTUM, FLOOR = 5e-7, 0.9, 0.999, 1e-8, 0.9, 1e-8
-RADIUS_BETA1, RADIUS_BETA2 = 0.9, 0.999
-STEPS = 5000.0  # past the bias corrections
+LR = 5e-7
 FAR = 5e-3  # mean distance of an element from its anchor, in rows that are projected
 Shape = tuple[int, ...]
 Step = Callable[[], list[Tensor]]
@@ -65,11 +73,6 @@ _LISTS: dict[str, Callable[[], Iterator[Shape]]] = {
 def parameter_list(model: str) -> list[Shape]:
     """The shapes of all constrained parameters: the head is trained freely and left out."""
     return list(_LISTS[model]())
-
-
-def rows(x: Tensor) -> Tensor:
-    """As the method sees a parameter: the first dimension for matrices and kernels, one row for vectors."""
-    return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(1, -1)
 
 
 @dataclass
@@ -166,7 +169,7 @@ class State:
             for name in ("params", "grads", "first", "second", "anchors"):
                 setattr(one, name, [getattr(self, name)[i].double()])
             one.steps, one.gammas, one.resets = [self.steps[i].double()], self.gammas[i : i + 1], []
-            Official(one).step()
+            Released(one).step()
             found += one.moved()
         return found
 
@@ -176,63 +179,8 @@ def layers(model: str, share: float, device: str, base: str = "adam") -> State:
     return State(parameter_list(model), share, device, base)
 
 
-class Official:
-    """The released recurrence, tensor by tensor: its caches, its branch on the host and its bounds read there."""
-
-    def __init__(self, s: State) -> None:
-        self.s = s
-        self.cached = [torch.empty_like(p) for p in s.params]
-        self.inverse = [torch.empty_like(rows(p)[:, :1]) for p in s.params]
-        self.radii = [torch.empty_like(step) for step in s.steps]
-        self.averages = [(torch.zeros_like(step), torch.zeros_like(step)) for step in s.steps]
-        s.resets.append(self.reset)
-        self.reset()
-
-    def reset(self) -> None:
-        for i, (p, anchor) in enumerate(zip(self.s.params, self.s.anchors, strict=True)):
-            torch.sub(p, anchor, out=self.cached[i])
-            self.inverse[i].copy_(1 / (torch.linalg.vector_norm(rows(self.cached[i]), 1, dim=1, keepdim=True) + 1e-8))
-            self.radii[i].fill_(self.s.gammas[i])
-            for average in self.averages[i]:
-                average.zero_()
-
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in self.cached)
-
-    def direction(self, i: int) -> Tensor:
-        g, m, v = self.s.grads[i], self.s.first[i], self.s.second[i]
-        if self.s.base == "sgd":
-            m.mul_(MOMENTUM).add_(g)
-            return self.s.lr * (g + MOMENTUM * m)
-        t = float(self.s.steps[i]) if self.s.steps[i].device.type == "cpu" else STEPS  # the official count is a number
-        m.mul_(BETA1).add_(g, alpha=1 - BETA1)
-        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        denominator = (v.sqrt() / math.sqrt(1 - BETA2**t)).add_(EPS)
-        return self.s.lr / (1 - BETA1**t) * (m / denominator)
-
-    def step(self) -> None:
-        for i, (p, g, anchor) in enumerate(zip(self.s.params, self.s.grads, self.s.anchors, strict=True)):
-            self.s.steps[i] += 1
-            c = (p - self.direction(i)) - anchor
-            norms = rows(c).abs().sum(1, keepdim=True) + 1e-8
-            h = torch.sum(torch.sum(rows(g) * rows(self.cached[i]), dim=1, keepdim=True) * self.inverse[i])
-            if h > 0:
-                h = h * 1.0  # kappa
-            a, b = self.averages[i]
-            a.mul_(RADIUS_BETA1).add_(h, alpha=1 - RADIUS_BETA1)
-            b.mul_(RADIUS_BETA2).addcmul_(h, h, value=1 - RADIUS_BETA2)
-            t = STEPS + 1
-            unit = (a / (1 - RADIUS_BETA1**t)) / ((b / (1 - RADIUS_BETA2**t)).sqrt() + 1e-8)
-            # The released code hands the bound over as a tensor; torch reads it on the host.
-            self.radii[i].copy_(hardtanh(self.radii[i] - 0.0 * unit, FLOOR, norms.max().item()))
-            ratio = torch.clamp(self.radii[i] / norms, 0, 1)
-            p.copy_((rows(anchor) + ratio * rows(c)).view_as(p))
-            self.cached[i].copy_(c)
-            self.inverse[i].copy_(1 / norms)
-
-
 def official(s: State) -> Step:
-    return s.fresh(Official(s).step)
+    return s.fresh(Released(s).step)
 
 
 def vectorised(s: State, *, fused: bool, compiled: bool = False) -> Step:

@@ -1,102 +1,16 @@
-"""The published recurrence of FTP as its formulas give it, with the cached displacement.
-
-Written from method-trainable-projection, section 3; one counter for all tensors, every tensor has a gradient. Also the
-small network on which both are run: vectors, matrices, a convolution and a (1, N, D) tensor.
+"""The small network and the data on which FTP's published recurrence and ours are run; the recurrence is official_ftp's
+of the benchmarks. The network has vectors, matrices, a convolution and a (1, N, D) tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from cl_kernels.benchmarks.official_ftp import Base, Recurrence, adamw, rows, sgd
 from torch import Tensor, nn
 
-Base = Callable[["Recurrence", str, Tensor], Tensor]
-MU = 1e-2
-
-
-class Recurrence:
-    """Weights by name, stepped by `step(grads, lr)`; radii, floors and pre-clip radii are kept as they were found."""
-
-    def __init__(self, weights: dict[str, Tensor], base: Base, kappa: float, excluded: tuple[str, ...] = ()) -> None:
-        self.weights = {name: w.clone() for name, w in weights.items()}
-        self.anchors = {name: w.clone() for name, w in weights.items()}
-        self.base, self.kappa, self.excluded = base, kappa, excluded
-        self.t = 0
-        self.lr = 0.0
-        self.moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
-        self.cached: dict[str, tuple[Tensor, Tensor]] = {}
-        self.radii: dict[str, Tensor] = {}
-        self.h: dict[str, Tensor] = {}
-
-    def step(self, grads: dict[str, Tensor], lr: float) -> None:
-        self.t, self.lr = self.t + 1, lr
-        for name, weight in self.weights.items():
-            u = self.base(self, name, grads[name])
-            if name in self.excluded:
-                self.weights[name] = weight - u
-                continue
-            anchor = rows(self.anchors[name])
-            c = rows(weight - u) - anchor
-            n = c.abs().sum(1) + 1e-8
-            gamma = self._radius(name, rows(grads[name]), n)
-            scale = (gamma / n).clamp(0, 1)
-            self.weights[name] = (anchor + scale[:, None] * c).reshape(weight.shape)
-            self.cached[name], self.radii[name] = (c, n), gamma
-
-    def _radius(self, name: str, grad: Tensor, n: Tensor) -> Tensor:
-        state = self.moments[name]
-        if self.t == 1:
-            state["a"] = state["b"] = n.new_zeros(())
-            return n.new_full((), 1e-8)
-        c, before = self.cached[name]
-        h = ((grad * c).sum(1) / before).sum()
-        self.h[name] = h
-        if h > 0:
-            h = self.kappa * h
-        state["a"] = 0.9 * state["a"] + 0.1 * h
-        state["b"] = 0.999 * state["b"] + 0.001 * h * h
-        mean, square = state["a"] / (1 - 0.9**self.t), state["b"] / (1 - 0.999**self.t)
-        moved = self.radii[name] - MU * mean / (square.sqrt() + 1e-8)
-        return torch.minimum(moved.clamp_min(1e-8), n.max())
-
-    def floored(self, name: str) -> bool:
-        return float(self.radii[name]) <= 1.0001e-8
-
-
-def rows(x: Tensor) -> Tensor:
-    return x.reshape(1, -1) if x.ndim < 2 else x.reshape(x.shape[0], -1)
-
-
-def adamw(
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0, amsgrad: bool = False
-) -> Base:
-    def base(r: Recurrence, name: str, grad: Tensor) -> Tensor:
-        state, weight = r.moments[name], r.weights[name]
-        m = betas[0] * state.get("m", torch.zeros_like(grad)) + (1 - betas[0]) * grad
-        v = betas[1] * state.get("v", torch.zeros_like(grad)) + (1 - betas[1]) * grad * grad
-        state["m"], state["v"] = m, v
-        if amsgrad:
-            v = state["top"] = torch.maximum(state.get("top", v), v)
-        denominator = v.sqrt() / (1 - betas[1] ** r.t) ** 0.5 + eps
-        return r.lr / (1 - betas[0] ** r.t) * m / denominator + r.lr * decay * weight
-
-    return base
-
-
-def sgd(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False, decay: float = 0.0) -> Base:
-    def base(r: Recurrence, name: str, grad: Tensor) -> Tensor:
-        state = r.moments[name]
-        direction = grad + decay * r.weights[name]
-        if momentum:
-            kept = state.get("buffer")
-            buffer = direction if kept is None else momentum * kept + (1 - dampening) * direction
-            state["buffer"] = buffer
-            direction = direction + momentum * buffer if nesterov else buffer
-        return r.lr * direction
-
-    return base
+__all__ = ["Base", "Recurrence", "Tiny", "adamw", "batch", "gradients", "rows", "sgd"]
 
 
 class Tiny(nn.Module):
