@@ -9,14 +9,19 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compare_results import ARMS, SIZES, results, with_pictures
+from compare_small import run_small, small_data
+from test_cli_report import result, shifted
 
+from cl_kernels.cli.report import write_report as write_train
+from cl_kernels.compare.attribution.sheet import explain
+from cl_kernels.compare.attribution.sources import open_models, read_images
 from cl_kernels.compare.report import write_report
 
 pytest.importorskip("jinja2", reason="reports are jinja2 templates")
@@ -27,7 +32,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 )  # fmt: skip
-PAGES = ["compare", "compare-real", "train"]
+PAGES = ["compare", "compare-real", "explain", "train"]
 
 
 @pytest.fixture(scope="session")
@@ -86,32 +91,31 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 @pytest.fixture(scope="session")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """report.html of made-up and of real results of a comparison, and of a training run."""
-    from test_cli_report import result, shifted
-
-    from cl_kernels.cli.report import write_report as write_train
+    """report.html of made-up and of real results of a comparison, explain.html of its models, a training's report."""
 
     folder = tmp_path_factory.mktemp("reports")
     runs = [result(m, s, subspace=m == "null-space") for m in ("full", "null-space") for s in range(2)]
     for number, one in enumerate(runs):
         one["shift"] = shifted(one["average_accuracy"], number)
-    found = {
+    real = folder / "real"
+    real.mkdir()
+    run_small(real, small_data(100, 60), arms=("vpt-deep", "full"), pictures=True, overwrite=True)
+    models = open_models(real, device=torch.device("cpu"))
+    images, _, _ = read_images(["digits"], size=next(iter(models.values())).preprocess.size, count=1, seed=0)
+    explain(models, images, out=folder / "explain", methods=("gradcam", "rollout"))
+    return {
         "compare": write_report(with_pictures(results(), folder / "compare"), folder / "compare"),
+        "compare-real": real / "report.html",
+        "explain": folder / "explain" / "explain.html",
         "train": write_train(runs, folder / "train" / "report.html"),
     }
-    with suppress(ImportError):
-        from compare_tiny import tiny_comparison
-
-        found["compare-real"] = tiny_comparison(tmp_path_factory) / "report.html"
-    return found
 
 
 @pytest.fixture(params=PAGES)
 def report(request: pytest.FixtureRequest, reports: dict[str, Path]) -> Path:
     """One of the pages."""
-    if request.param not in reports:
-        pytest.skip("no tiny comparison to draw")
-    return reports[request.param]
+    path: Path = reports[request.param]
+    return path
 
 
 def text_of(page: Opened) -> str:
@@ -359,8 +363,6 @@ def test_pictures_are_shown(reports: dict[str, Path], open_page: Open) -> None:
 
 
 def test_a_real_run_says_what_its_results_say(reports: dict[str, Path], open_page: Open) -> None:
-    if "compare-real" not in reports:
-        pytest.skip("no tiny comparison to draw")
     path = reports["compare-real"]
     found = json.loads((path.parent / "results.json").read_text())
     page = open_page(path)
