@@ -25,7 +25,7 @@ from continual_tiny import one_thread, tiny_model
 from torch import Tensor, nn
 
 from cl_kernels import continual, data, methods
-from cl_kernels.compare import _loop
+from cl_kernels.compare import _loop, tuning
 from cl_kernels.compare.arms import ARMS, EQUAL, TRIALS, Scale, arm_named
 from cl_kernels.compare.trial import Trial, train_trial
 from cl_kernels.continual import seeds
@@ -90,6 +90,17 @@ class TestGrids:
         assert {o["prompts"] for o in deep} == {10, 50}
         assert {o["lr"] for o in deep if o["optimizer"] == "adamw"} == {1e-3, 3e-3, 1e-2}
         assert {o["lr"] for o in deep if o["optimizer"] == "sgd"} == {0.25}
+
+    @pytest.mark.parametrize("name", ["vpt-shallow", "vpt-deep", "full", "linear", "lora", "ftp", "mixed"])
+    def test_a_few_of_them_are_spread_too(self, name: str) -> None:
+        grid = ARMS[name].grid()
+        second = next(key for key in ("prompts", "layer_decay", "weight_decay", "rank", "kappa") if key in grid[0])
+        rates = {(o.get("optimizer"), o["lr"]) for o in grid}
+        four, two = tuning.candidates(grid, 4), tuning.candidates(grid, 2)
+        assert {(o.get("optimizer"), o["lr"]) for o in four} == rates
+        for chosen in (four, two):
+            assert len({o["lr"] for o in chosen}) >= 2
+            assert len({o[second] for o in chosen}) == 2
 
     def test_the_papers_settings(self) -> None:
         scale = Scale(batch_size=64)
