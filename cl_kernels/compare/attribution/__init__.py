@@ -10,7 +10,7 @@ from cl_kernels.compare.attribution.attention import AttentionMap, attention_map
 from cl_kernels.compare.attribution.cam import gradcam
 from cl_kernels.compare.attribution.gallery import pictures
 from cl_kernels.compare.attribution.path_gradients import Attribution, integrated_gradients
-from cl_kernels.compare.attribution.sanity import deletion_insertion, randomised_head, spearman
+from cl_kernels.compare.attribution.sanity import deletion_insertion, on_patches, randomised_head, spearman
 
 __all__ = [
     "AttentionMap",
@@ -20,6 +20,7 @@ __all__ = [
     "deletion_insertion",
     "gradcam",
     "integrated_gradients",
+    "on_patches",
     "pictures",
     "randomised_head",
     "spearman",

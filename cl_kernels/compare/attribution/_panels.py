@@ -31,6 +31,7 @@ METHODS = tuple(TITLES)
 OF_CLASS = ("gradcam", "ig")  # the others do not look at the head
 CUT = 0.98  # quantile of an Integrated Gradients map that is the brightest colour: single pixels outshine all others
 CHANGED = 0.5  # rank correlation with a random head's map, below which a map depends on the head
+STEPS = 8  # of the patches that are taken away
 CHECKED = 4  # images on which that is tried
 
 Result = Attribution | AttentionMap | None
@@ -55,6 +56,8 @@ class Painter:
     _tried: int = 0
     _ranks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     _errors: dict[str, list[float]] = field(default_factory=dict)
+    _chance: dict[tuple[str, int], float] = field(default_factory=dict)  # of the current image, by model and class
+    _maps: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # likewise, by method too
 
     def legend(self) -> list[dict[str, str]]:
         """The rows, in words."""
@@ -79,6 +82,8 @@ class Painter:
         what = title or f"image {number}"
         truth = "" if label is None else f", true class {self.class_names[label]}"
         stem = f"{group}-{number}"
+        self._chance.clear()
+        self._maps.clear()
         panels = []
         classes = targets or self._targets(label, predicted)
         for method in self.methods:
@@ -89,7 +94,7 @@ class Painter:
         if self._tried < CHECKED:
             self._tried += 1
             for arm, view in self.views.items():
-                self._try_random_head(arm, view, image, predicted[arm]["label"] if label is None else label)
+                self._try_random_head(arm, view, image, classes[0][0])
         return {
             "number": number,
             "group": group,
@@ -137,6 +142,7 @@ class Painter:
     ) -> dict[str, Any]:
         """The maps of all models for one class, on one scale."""
         results = {arm: self._map(method, view, image, at) for arm, view in self.views.items()}
+        self._maps |= {(arm, method, at): maps for arm, (maps, _) in results.items()}
         shares = {arm: maps[0] / maps.sum().clamp(min=1e-300) for arm, (maps, _) in results.items()}
         tops = [share.quantile(CUT) if method == "ig" else share.max() for share in shares.values()]
         high = float(torch.stack(tops).max())
@@ -185,7 +191,13 @@ class Painter:
             )  # fmt: skip
 
     def _numbers(self, arm: str, image: Tensor, maps: Tensor, target: int, result: Result) -> dict[str, Any]:
-        curves = deletion_insertion(self.views[arm], image, maps, target, seed=self.seed, batch_size=self.batch_size)
+        known = (arm, target) in self._chance
+        curves = deletion_insertion(
+            self.views[arm], image, maps, target, steps=STEPS, chance=not known, seed=self.seed,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+        if not known:
+            self._chance[arm, target] = float(curves.random[0])
         found: dict[str, Any] = {
             "empty": not bool(maps.any()),
             "completeness": None,
@@ -193,7 +205,7 @@ class Painter:
             "flagged": None,
             "deletion": float(curves.deletion[0]),
             "insertion": float(curves.insertion[0]),
-            "random": float(curves.random[0]),
+            "random": self._chance[arm, target],
             "masses": None,
             "reads": None,
         }
@@ -210,14 +222,16 @@ class Painter:
         head = randomised_head(view, seed=self.seed)
         column = int(view.columns(torch.tensor([label]))[0])
         ranks = self._ranks.setdefault(arm, {})
-        if "gradcam" in self.methods:
-            other = gradcam(view, image, column, head=head, batch_size=self.batch_size).double().cpu()
-            mine = self._map("gradcam", view, image, label)[0]
-            ranks.setdefault("gradcam", []).append(float(spearman(mine, other)[0]))
-        if "ig" in self.methods:
-            results = (self._integrated(view, image, label, 1), self._integrated(view, image, column, 1, head=head))
-            a, b = (self._patches(view, image, result.maps().cpu()) for result in results)
-            ranks.setdefault("ig", []).append(float(spearman(a, b)[0]))
+        for method in OF_CLASS:
+            mine = self._maps.get((arm, method, label))
+            if mine is None:
+                continue
+            if method == "gradcam":
+                other = gradcam(view, image, column, head=head, batch_size=self.batch_size).double()
+            else:
+                other = self._integrated(view, image, column, self.nodes, head=head).maps()
+            a, b = (self._patches(view, image, maps.cpu()) for maps in (mine, other))
+            ranks.setdefault(method, []).append(float(spearman(a, b)[0]))
 
     def _patches(self, view: View, image: Tensor, maps: Tensor) -> Tensor:
         tall, wide = (int(side) for side in view.backbone.patch_embed.patch_size)

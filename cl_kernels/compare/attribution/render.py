@@ -17,11 +17,11 @@ __all__ = ["COLOURS", "coloured", "legend", "shown", "upsampled", "write_png"]
 # Nine stops of viridis (van der Walt and Smith, CC0): lightness rises evenly, and blue to yellow is told apart with any
 # kind of colour blindness and in print without colour.
 COLOURS = (
-    (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
-    (31, 158, 137), (53, 183, 121), (109, 205, 89), (253, 231, 37),
+    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140),
+    (40, 174, 128), (94, 201, 98), (173, 220, 48), (253, 231, 37),
 )  # fmt: skip
 SIDE = 192  # pixels of a picture's shorter side, at least
-OPACITY = 0.65  # of the colours over the grey image
+OPACITY = 0.75  # of the colours over the grey image
 
 Pixels = npt.NDArray[np.uint8]
 

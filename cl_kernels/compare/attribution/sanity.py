@@ -17,7 +17,8 @@ __all__ = ["Curves", "deletion_insertion", "on_patches", "randomised_head", "spe
 
 class Curves(NamedTuple):
     """deletion [B]: area under the class probability while patches go, the most important first (low is good);
-    insertion [B]: while they come to the baseline (high is good); random [B]: the mean of both for a random order."""
+    insertion [B]: while they come to the baseline (high is good); random [B]: the mean of both for a random order (NaN
+    where that was not asked for)."""
 
     deletion: Tensor
     insertion: Tensor
@@ -88,15 +89,16 @@ def deletion_insertion(
     head: Head | None = None,
     baseline: Tensor | None = None,
     steps: int = 16,
+    chance: bool = True,
     seed: int = 0,
     batch_size: int = 32,
 ) -> Curves:
     """Areas under the probability of `target` while patches are replaced by the baseline in the order of `maps`.
 
     `maps` [B, h, w] of patches, or of pixels, which are summed over patches. `steps` equal shares of the patches;
-    trapezoid rule. The same with a random order says what an area means here. Equal places go in a random order, so a
-    constant map scores as chance does. Arguments, what is raised: as `integrated_gradients`. Cost: B x 4 x (steps + 1)
-    forward passes. Source: Petsiuk et al., RISE, BMVC 2018.
+    trapezoid rule. The same with a random order (`chance`) says what an area means here. Equal places go in a random
+    order, so a constant map scores as chance does. Arguments, what is raised: as `integrated_gradients`. Cost: B x 4 x
+    (steps + 1) forward passes, half of them without `chance`. Source: Petsiuk et al., RISE, BMVC 2018.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected a whole number of at least 1, got {steps!r}")
@@ -111,12 +113,13 @@ def deletion_insertion(
         scores = on_patches(maps, height, width).flatten(1).to(images.device, torch.float64)
         empty = torch.zeros_like(images) if baseline is None else baseline.to(images).expand(images.shape)
         generator = torch.Generator().manual_seed(seed)
-        chance = torch.stack([torch.randperm(height * width, generator=generator) for _ in range(len(images))])
-        chance = chance.to(images.device)
-        order = chance.gather(1, scores.gather(1, chance).argsort(dim=1, descending=True, stable=True))
+        drawn = torch.stack([torch.randperm(height * width, generator=generator) for _ in range(len(images))])
+        drawn = drawn.to(images.device)
+        order = drawn.gather(1, scores.gather(1, drawn).argsort(dim=1, descending=True, stable=True))
         area = _areas(view, images, empty, columns, (height, width), steps, batch_size)
         deletion, insertion = area(order, False), area(order, True)
-        return Curves(deletion, insertion, 0.5 * (area(chance, False) + area(chance, True)))
+        other = 0.5 * (area(drawn, False) + area(drawn, True)) if chance else torch.full_like(deletion, torch.nan)
+        return Curves(deletion, insertion, other)
 
 
 def _areas(
