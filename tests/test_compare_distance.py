@@ -162,6 +162,8 @@ def test_wrong_features_are_named() -> None:
         frechet(x, x[:, :3])
     with pytest.raises(NonFiniteError, match="NaN"):
         frechet(x, x / 0)
+    with pytest.raises(NonFiniteError, match="overflow"):
+        frechet(x * 1e200, x)  # max(0, NaN) would be 0
     with pytest.raises(ValueError, match="n at least 4"):
         kid(x[:3], x)
     with pytest.raises(ValueError, match="n >= 5"):
@@ -330,3 +332,15 @@ def test_marks_are_the_same_digits_made_worse() -> None:
     assert len(names()) == 2 + 15 * 5
     with pytest.raises(ValueError, match="unknown mark 'letters'"):
         ruler_images("letters", 16, 40)
+
+
+def test_photographs_are_told_apart_from_drawings(data_dir: Path, backbone: Backbone) -> None:
+    photographs = data.load(data_dir / "grocery64.npz", image_size=32).train.subset(range(0, 2640, 12))
+    stored = references.find(backbone)
+    assert stored is not None
+    found = measure(extract(backbone, photographs).pooled, stored)
+    near = stored.marks["Omniglot, same characters by other drawers"]
+    assert found["n"] == 220
+    assert found["kid"]["low"] > near["kid"]["high"]
+    assert found["frechet"]["line"]["intercept_relative"] > near["frechet"]["line"]["intercept_relative"] + 0.1
+    assert found["proxy_a"]["value"] > 1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,10 @@ def frechet(x: Tensor | Moments, y: Tensor | Moments) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features: widths differ, {len(a.mean)} and {len(b.mean)}")
     shared = float(torch.linalg.svdvals(a.factor @ b.factor.T).sum())
-    return max(0.0, float((a.mean - b.mean).square().sum()) + a.total + b.total - 2 * shared)
+    distance = float((a.mean - b.mean).square().sum()) + a.total + b.total - 2 * shared
+    if not math.isfinite(distance):
+        raise NonFiniteError("features: their squares overflow, or the moments hold NaN or infinity")
+    return max(0.0, distance)
 
 
 def frechet_line(x: Tensor, y: Tensor | Moments, *, seed: int = 0, draws: int = 3) -> dict[str, Any] | None:

@@ -196,7 +196,11 @@ def _mark(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _notes(found: dict[str, Any], wanted: int, width: int) -> list[str]:
-    notes = [f"a Frechet distance depends on n: compare it only with others at n = {found['n']}"]
+    notes = [
+        f"a Frechet distance depends on n: compare it only with others at n = {found['n']}",
+        "near means near in this backbone's features: what it cannot see counts as near too, so read distances beside "
+        "the linear probe",
+    ]
     if found["n"] < wanted:
         notes.append(f"taken at n = {found['n']}, as there are fewer than {wanted} images")
     if found["n"] <= 2 * width:
