@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
@@ -23,6 +24,7 @@ CONSTRAINTS = os.path.join(VENV, "constraints.txt")
 EXTRAS = {"demo": ["demo"], "test": ["test"], "lint": ["dev"], "gpu": []}
 BUILD = ["setuptools>=77", "pybind11>=2.13", "ninja>=1.11"]
 OLDEST_TORCH = (2, 11)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as tests/test_compare_browser.py
 
 # Run by an interpreter: which of the requirements given on the command line are not met there?
 MISSING = """
@@ -198,6 +200,46 @@ def install_package() -> None:
         say(f"native module built by {info['compiler']}; CUDA part left out: {info['cuda_reason']}")
 
 
+def install_browser() -> None:
+    """In CI, where root can ask apt, install Debian's Chromium for the browser tests; anywhere else leave the machine
+    as it is. Whatever goes wrong here skips those tests and stops nothing."""
+    found = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    if found:
+        say(f"browser tests use {found}")
+        return
+    apt = shutil.which("apt-get")
+    if os.environ.get("CI", "").lower() not in ("1", "true", "yes") or apt is None or os.geteuid() != 0:
+        say("no Chromium: the browser tests are skipped (only CI as root, with apt, installs one)")
+        return
+    options = [
+        "-qq",
+        "-y",
+        "-o",
+        "DPkg::Lock::Timeout=60",
+        "-o",
+        "Acquire::Retries=1",
+        "-o",
+        "Acquire::http::Timeout=20",
+    ]
+    wanted = ["--no-install-recommends", "install", "chromium", "fonts-dejavu-core"]  # without a font text has no size
+    start, env = time.time(), dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    try:
+        for command in (["update"], wanted):
+            done = subprocess.run(
+                [apt, *options, *command], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=300, check=False,
+            )  # fmt: skip
+        reason = "" if done.returncode == 0 else f"exit code {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = type(error).__name__
+    if reason or not shutil.which("chromium"):
+        say(
+            "apt-get could not install chromium ({}): the browser tests are skipped".format(reason or "not on the path")
+        )
+    else:
+        say(f"apt-get installed chromium for the browser tests in {time.time() - start:.0f} s")
+
+
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
         stop("usage: setup_env.py " + "|".join(EXTRAS))
@@ -205,6 +247,8 @@ def main() -> None:
     make_venv()
     before = install_torch()
     install_requirements(goal)
+    if goal == "test":
+        install_browser()
     if goal != "lint":
         install_package()
     after = version_of("torch")

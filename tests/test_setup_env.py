@@ -70,6 +70,62 @@ def test_an_old_python_is_named(
     assert "this is 3.9" in capsys.readouterr().out
 
 
+@pytest.fixture
+def bare_machine(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """No browser on the path, and an apt-get that must not be asked."""
+    monkeypatch.setattr(setup_env.shutil, "which", lambda name: "/bin/apt-get" if name == "apt-get" else None)
+    monkeypatch.setattr(setup_env.subprocess, "run", lambda *a, **k: pytest.fail(f"asked for something: {a}"))
+    monkeypatch.setattr(setup_env.os, "geteuid", lambda: 0)
+    monkeypatch.setenv("CI", "true")
+    return setup_env
+
+
+@pytest.mark.parametrize("why", ["there", "not CI", "CI=false", "not root", "no apt"])
+def test_no_browser_is_installed_on_a_users_machine(
+    bare_machine: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    if why == "not CI":
+        monkeypatch.delenv("CI")
+    elif why == "CI=false":
+        monkeypatch.setenv("CI", "false")
+    elif why == "not root":
+        monkeypatch.setattr(bare_machine.os, "geteuid", lambda: 1000)
+    else:
+        found = "/usr/bin/chromium" if why == "there" else None
+        monkeypatch.setattr(bare_machine.shutil, "which", lambda name: found if name == "chromium" else None)
+    bare_machine.install_browser()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert ("browser tests use /usr/bin/chromium" if why == "there" else "are skipped") in line
+
+
+@pytest.mark.parametrize("outcome", ["installed", "exit code 100", "TimeoutExpired", "FileNotFoundError"])
+def test_ci_installs_a_browser_or_says_why_not(
+    bare_machine: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], outcome: str
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        if outcome == "TimeoutExpired":
+            raise subprocess.TimeoutExpired(command, 1)
+        if outcome == "FileNotFoundError":
+            raise FileNotFoundError
+        if outcome == "installed" and "install" in command:
+            monkeypatch.setattr(bare_machine.shutil, "which", lambda name: "/usr/bin/" + name)
+        return subprocess.CompletedProcess(command, 0 if outcome == "installed" else 100)
+
+    monkeypatch.setattr(bare_machine.subprocess, "run", run)
+    bare_machine.install_browser()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "update" in commands[0]
+    if outcome == "installed":
+        assert "chromium" in commands[1]
+        assert "installed chromium" in line
+    else:
+        assert outcome in line
+        assert "are skipped" in line
+
+
 @pytest.mark.slow
 def test_a_machine_that_has_everything_needs_no_network(tmp_path: Path) -> None:
     """A checkout beside an interpreter with torch: .venv borrows, and only the package itself is installed."""
