@@ -14,11 +14,12 @@ from cl_kernels.data.preprocess import Preprocessing
 
 __all__ = ["COLOURS", "coloured", "legend", "shown", "upsampled", "write_png"]
 
-# Nine stops of viridis (van der Walt and Smith, CC0): lightness rises evenly, and blue to yellow is told apart with any
+# Seventeen stops of viridis (van der Walt and Smith, CC0): lightness rises evenly, and blue to yellow is told apart with any
 # kind of colour blindness and in print without colour.
 COLOURS = (
-    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140),
-    (40, 174, 128), (94, 201, 98), (173, 220, 48), (253, 231, 37),
+    (68, 1, 84), (72, 24, 106), (71, 45, 123), (66, 64, 134), (59, 82, 139), (51, 99, 141),
+    (44, 114, 142), (38, 130, 142), (33, 145, 140), (31, 160, 136), (40, 174, 128), (63, 188, 115),
+    (94, 201, 98), (132, 212, 75), (173, 220, 48), (216, 226, 25), (253, 231, 37),
 )  # fmt: skip
 SIDE = 192  # pixels of a picture's shorter side, at least
 OPACITY = 0.75  # of the colours over the grey image
