@@ -1,6 +1,7 @@
 """Runs continual runs in forked processes that a test may kill; the imports are paid once.
 
-One JSON object a line on stdin, [when, {"method": ..., more fields of RunConfig}]; the answer on stdout is the exit
+One JSON object a line on stdin, [when, {"method": ..., more fields of RunConfig}], or with "compare" true the fields
+of a CompareConfig; the answer on stdout is the exit
 status of the run. `when` is null, or seconds after which it is killed with -9, or "checkpoint": then it gets SIGTERM
 when one is there."""
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_small import run_small
 from continual_tiny import tiny_backbone, tiny_config, tiny_data
 
 from cl_kernels import continual
@@ -44,6 +46,9 @@ def serve() -> None:
 def child(config: dict[str, Any]) -> int:
     """Run; the exit status that the interpreter would give."""
     try:
+        if config.pop("compare", False):
+            run_small(**config)
+            return 0
         continual.run(tiny_config(**config), data=tiny_data(), backbone=tiny_backbone())
     except SystemExit as stopped:
         return int(stopped.code or 0)

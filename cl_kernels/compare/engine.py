@@ -106,8 +106,7 @@ def _run(work: Work) -> dict[str, Any]:
         "sizes": sorted({run.size for run in runs}),
     }
     results |= finish.finished(work, plan, tuned, runs, card)
-    _write(work, results)
-    return results
+    return _write(work, results)
 
 
 def _planned(work: Work) -> Plan:
@@ -186,8 +185,8 @@ def _check_enough(work: Work, plan: Plan, runs: list[Run]) -> None:
     )
 
 
-def _write(work: Work, results: dict[str, Any]) -> None:
-    """results.json, then the report; a page that cannot be drawn is said and fails nothing else."""
+def _write(work: Work, results: dict[str, Any]) -> dict[str, Any]:
+    """results.json, then the report; a page that cannot be drawn is said and fails nothing else. What the file holds."""
     out = work.session.config.folder
     with work.budget.stage("report"):
         _settle(work, results)
@@ -199,7 +198,10 @@ def _write(work: Work, results: dict[str, Any]) -> None:
         else:
             write_report(results, out)
     _settle(work, results)
-    write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
+    text = json.dumps(results, indent=1, allow_nan=False)
+    write_atomically(out / "results.json", text.encode())
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def _settle(work: Work, results: dict[str, Any]) -> None:
