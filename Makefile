@@ -23,12 +23,12 @@ integrations:  ## the drop-in tests with the real Accelerate, Lightning and Aval
 	$(PYTHON) scripts/setup_env.py test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV) scripts/integrations.py
 
-bench:  ## every benchmark of this machine's devices
+bench:  ## the table of every room on this machine, within ten minutes; JSON and table.md in bench-out
 	$(PYTHON) scripts/setup_env.py test
-	$(VENV) benchmarks/run_all.py --out bench-out
+	OMP_NUM_THREADS=1 $(VENV) benchmarks/run_all.py --out bench-out --json bench-out/all.json
 
-gpu:  ## on a machine with a GPU, offline: build, GPU tests, sanitizer, benchmarks; JSON in OUT
-	$(if $(wildcard $(VENV)),$(VENV),$(PYTHON)) benchmarks/run_gpu.py --out $(OUT)
+gpu:  ## on a machine with a GPU, offline: build, tests, sanitizer, benchmarks; JSON and a table in OUT; PART=2/3, resources
+	$(if $(wildcard $(VENV)),$(VENV),$(PYTHON)) benchmarks/run_gpu.py --out $(OUT) $(if $(PART),--part $(PART))
 
 native:  ## rebuild the native module in place, incrementally; warnings are errors
 	CL_KERNELS_WERROR=1 $(if $(wildcard $(VENV)),$(VENV),$(PYTHON)) setup.py -q build_ext --inplace

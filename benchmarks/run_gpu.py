@@ -1,10 +1,14 @@
-"""Everything that needs a GPU, in one offline command of at most ten minutes: build, tests, sanitizer, benchmarks.
+"""Everything that needs a GPU, offline, at most ten minutes a call: build, tests, sanitizer, resources, benchmarks.
 
-    python benchmarks/run_gpu.py --out DIR            (make gpu OUT=DIR)
+    python benchmarks/run_gpu.py --out DIR [--part 2/3]            (make gpu OUT=DIR PART=2/3)
 
-Writes DIR/report.json (commit, device, versions, each step's outcome, every benchmark's numbers) and one log for each
-step. The package is built without isolation and put into build/gpu-site, so that no environment is changed. Without a
-GPU it says so and ends with exit code 3; --anyway goes through the steps all the same, to try this program itself.
+The work is cut into units: a test file, a sanitizer's tool on one file, a room's benchmark. DIR/report.json holds what
+came of each, after each; a unit that is done at this commit on this device is not done again, so the same command goes
+on where time ran out, and DIR may be carried from machine to machine. --part 2/3 does the second third, --part
+resources (or build, tests, sanitizer, benchmarks) the units of that kind. DIR/table.md is the same for people, with the
+rows for benchmarks/results/README.md. The package is built without isolation and put into build/gpu-site, so that no
+environment is changed. Without a GPU only resources can be had: all else says so and ends with exit code 3; --anyway
+goes through the units all the same, to try this program itself.
 """
 
 from __future__ import annotations
@@ -12,19 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sanitize import gpu_test_files
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_report
+import sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-site"
 BUDGET_S = 580.0
-NO_GPU = 3
+NO_GPU, BAD_USAGE = 3, 2
+KINDS = ("build", "tests", "sanitizer", "resources", "benchmarks")
 
 DEVICE = """
 import json, torch
@@ -34,6 +44,25 @@ print(json.dumps({
     "capability": list(torch.cuda.get_device_capability()) if there else None, "count": torch.cuda.device_count(),
 }))
 """
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to do: its command, which exit codes are fine, and how long it takes on an H200, guessed."""
+
+    kind: str
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    fine: tuple[int, ...] = (0,)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}: {self.name}" if self.name else self.kind
+
+    @property
+    def log(self) -> str:
+        return re.sub(r"\W+", "-", self.key) + ".log"
 
 
 def say(text: str) -> None:
@@ -48,33 +77,75 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def step(name: str, command: list[str], out: Path, left: float, fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """Run one step into its own log; say and return how it went."""
-    start, log = time.monotonic(), out / f"{name}.log"
-    say(f"{name}: {' '.join(command)}")
+def units(out: Path) -> list[Unit]:
+    """All of them, ordered by risk: what would make everything after it worthless comes first."""
+    python = (sys.executable, "-P")  # the package that was just built, not the folder it was built from
+    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index")
+    found = [Unit("build", "", (*pip, "--target", str(SITE), str(ROOT)), 60)]
+    pytest = (*python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu")
+    files = sanitize.gpu_test_files()
+    found += [Unit("tests", Path(file).name, (*pytest, file), 20, (0, 5)) for file in files]
+    checks = [(tool, file) for tool in sanitize.TOOLS for file in files]
+    watched = [
+        Unit(
+            "sanitizer",
+            f"{tool} {Path(file).name}",
+            (*python, str(ROOT / "benchmarks" / "sanitize.py"), tool, file),
+            15,
+        )
+        for tool, file in checks
+    ]
+    found += watched[: len(files)]  # memcheck
+    for room in rooms():
+        words = (room, "--passes", "1", "--json", str(out / "bench" / f"{room}.json"))
+        found.append(Unit("benchmarks", room, (*python, "-m", "cl_kernels.benchmarks.suite", *words), 35))
+    found += watched[len(files) :]
+    resources = str(ROOT / "benchmarks" / "resources.py")
+    return [*found, Unit("resources", "", (sys.executable, resources, "--json", str(out / "resources.json")), 60)]
+
+
+def rooms() -> list[str]:
+    """Those with cases for a GPU."""
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    return [path.stem.removeprefix("bench_") for path in files if "def cuda_cases" in path.read_text()]
+
+
+def chosen(every: Sequence[Unit], part: str) -> list[Unit]:
+    """The units of a part: a kind, or k/n of all by their time. Raises `ValueError` for anything else."""
+    if part in KINDS:
+        return [unit for unit in every if unit.kind == part]
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"--part: expected k/n such as 2/3, or one of {', '.join(KINDS)}; got {part!r}")
+    k, n = int(found[1]), int(found[2])
+    rest = [unit for unit in every if unit.kind != "build"]
+    whole, passed, wanted = sum(unit.seconds for unit in rest), 0.0, []
+    for unit in rest:
+        if min(n, 1 + int(n * passed / whole)) == k:
+            wanted.append(unit)
+        passed += unit.seconds
+    return wanted
+
+
+def do(unit: Unit, out: Path, left: float) -> dict[str, Any]:
+    """Run a unit into its own log; say and return how it went."""
+    start, log = time.monotonic(), out / "logs" / unit.log
+    log.parent.mkdir(parents=True, exist_ok=True)
+    say(f"{unit.key}: {' '.join(unit.command)}")
+    if unit.kind == "build":
+        shutil.rmtree(SITE, ignore_errors=True)
     with log.open("w") as file:
         try:
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False)
-            status = "done" if done.returncode in fine else f"failed with exit code {done.returncode}"
+            done = subprocess.run(
+                unit.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False
+            )
+            status = "done" if done.returncode in unit.fine else f"failed with exit code {done.returncode}"
         except subprocess.TimeoutExpired:
             status = f"stopped after {left:.0f} s"
-    tail = log.read_text(errors="replace").strip().splitlines()[-15:]
+    tail = log.read_text(errors="replace").strip().splitlines()[-12:]
     print("\n".join(f"     {line}" for line in tail), flush=True)
-    say(f"{name}: {status}, {time.monotonic() - start:.0f} s")
+    say(f"{unit.key}: {status}, {time.monotonic() - start:.0f} s")
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
-
-
-def build_command() -> list[str]:
-    """Install offline into a folder of its own."""
-    shutil.rmtree(SITE, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
-    return [*pip, "--target", str(SITE), str(ROOT)]
-
-
-def build_record() -> dict[str, Any]:
-    path = SITE / "cl_kernels" / "_build_info.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return record
 
 
 def describe(device: dict[str, Any]) -> dict[str, Any]:
@@ -88,63 +159,67 @@ def describe(device: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(out: Path, device: dict[str, Any]) -> dict[str, Any]:
-    """All steps, each within what is left of the ten minutes; the report is on disk after each."""
+def resumed(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The report to go on with: the one that is there if it is of this commit and device, else a new one."""
+    if path.exists():
+        old: dict[str, Any] = json.loads(path.read_text())
+        same = all(old.get(name) == now[name] for name in ("commit", "device", "torch"))
+        if same and not now["changed"] and not old.get("changed"):
+            return {**now, "units": old["units"]}
+        say(f"{path} is of commit {old.get('commit')} on {old.get('device')}, or of changed files: starting anew")
+        path.replace(path.with_name("report-before.json"))
+    return now | {"units": {}}
+
+
+def run(wanted: Sequence[Unit], out: Path, device: dict[str, Any]) -> dict[str, Any]:
+    """What is not done yet, each within what is left of the ten minutes; report and table are on disk after each."""
     end = time.monotonic() + BUDGET_S
-    steps: dict[str, Any] = {}
-    report = describe(device) | {"steps": steps}
-
-    def left(keep: float = 0.0) -> float:
-        return max(1.0, end - time.monotonic() - keep)
-
-    def go(name: str, command: list[str], keep: float, fine: tuple[int, ...] = (0,)) -> bool:
-        steps[name] = step(name, command, out, left(keep), fine)
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        return bool(steps[name]["status"] == "done")
-
+    report = resumed(out / "report.json", describe(device))
     os.environ["PYTHONPATH"] = str(SITE)
-    built = go("build", build_command(), keep=120)
-    report["build"] = build_record()
-    if not report["build"].get("cuda"):
-        say(f"the native module has no CUDA half: {report['build'].get('cuda_reason') or report['build']}")
-    if not built:
-        return report
-    files = gpu_test_files()
-    if files:
-        # -P: the package that was just built, not the folder it was built from.
-        pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-        go("tests", [*pytest, "-m", "gpu", *files], keep=120, fine=(0, 5))
-    else:
-        steps["tests"] = {"status": "not run: no test is marked gpu"}
-    go("sanitizer", [sys.executable, "benchmarks/sanitize.py", "--limit", str(left() / 2)], keep=60)
-    limit = str(left(keep=15))
-    go("benchmarks", [sys.executable, "benchmarks/run_all.py", "--out", str(out / "bench"), "--limit", limit], keep=5)
-    found = sorted((out / "bench").glob("*.json"))
-    report["benchmarks"] = {path.stem: json.loads(path.read_text()) for path in found}
-    shutil.rmtree(out / "bench", ignore_errors=True)  # one file to carry away instead of many
+    build = next(unit for unit in units(out) if unit.kind == "build")
+    needs_build = any(unit.kind not in ("build", "resources") for unit in wanted)
+    for unit in [build, *wanted] if needs_build and build not in wanted else wanted:
+        before = report["units"].get(unit.key, {}).get("status")
+        if before == "done" and not (unit.kind == "build" and not SITE.exists()):
+            say(f"{unit.key}: done before")
+            continue
+        left = end - time.monotonic()
+        if left < 10:
+            report["units"].setdefault(unit.key, {"status": "not run: the time was up"})
+            continue
+        report["units"][unit.key] = do(unit, out, left)
+        gpu_report.write(out, report)
+        if unit.kind == "build" and report["units"][unit.key]["status"] != "done":
+            break
+    gpu_report.write(out, report)
     return report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-out"))
-    parser.add_argument("--anyway", action="store_true", help="go through the steps without a GPU too")
+    parser.add_argument("--part", default="1/1", help="k/n, or a kind of units")
+    parser.add_argument("--anyway", action="store_true", help="go through the units without a GPU too")
     options = parser.parse_args()
+    out = options.out.resolve()
+    try:
+        wanted = chosen(units(out), options.part)
+    except ValueError as error:
+        say(str(error))
+        return BAD_USAGE
     text = output_of(sys.executable, "-c", DEVICE)
     if not text:
         say(f"{sys.executable} has no torch that imports; name one that has: make gpu PYTHON=/path/to/python")
         return NO_GPU
     device = json.loads(text)
-    if device["device"] is None and not options.anyway:
-        say(f"no GPU here: torch {device['torch']} sees no CUDA device; nothing was run")
+    if device["device"] is None and not options.anyway and options.part != "resources":
+        say(f"no GPU here: torch {device['torch']} sees no CUDA device; nothing was run (PART=resources needs none)")
         return NO_GPU
-    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    report = run(out, device)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    failed = [name for name, found in report["steps"].items() if found["status"] != "done"]
-    say(f"report in {out / 'report.json'}; " + (f"not done: {', '.join(failed)}" if failed else "every step is done"))
-    return 1 if failed else 0
+    report = run(wanted, out, device)
+    missing = [unit.key for unit in wanted if report["units"].get(unit.key, {}).get("status") != "done"]
+    say(f"report in {out / 'report.json'}; " + (f"not done: {', '.join(missing)}" if missing else "all of it is done"))
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

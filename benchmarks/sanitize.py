@@ -1,6 +1,6 @@
 """Run the GPU tests under compute-sanitizer: memcheck, racecheck, initcheck, one process for each tool and test file.
 
-    python benchmarks/sanitize.py [--limit SECONDS]
+    python benchmarks/sanitize.py [TOOL [FILE ...]] [--limit SECONDS]
 
 torch's caching allocator is switched off, or a write past the end would land in its slack and pass; launches are
 synchronous, so that an error names its kernel; only our kernels (their names begin with `cl_`) are looked at. Tests
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,43 +36,33 @@ def gpu_test_files() -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
 
 
-def sanitize(limit_s: float) -> dict[str, str]:
+def command(sanitizer: str, tool: str, file: str) -> list[str]:
+    """One tool on the quick GPU tests of one file."""
+    watch = [sanitizer, "--tool", tool, "--error-exitcode", str(FAULT)]
+    watch += ["--target-processes", "application-only", "--kernel-name", "kernel_substring=cl_"]
+    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-o", "addopts=", "-x"]
+    return [*watch, *pytest, "-m", "gpu and not slow", "-k", "not graph", file]
+
+
+def sanitize(tools: Sequence[str], files: Sequence[str], limit_s: float) -> dict[str, str]:
     """A status for each tool and file: clean, findings, failed, or not run and why."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return {"all": "not run: compute-sanitizer not found"}
-    files = gpu_test_files()
     if not files:
         return {"all": "not run: no test is marked gpu"}
     quiet = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     results = {}
     end = time.monotonic() + limit_s
-    for tool in TOOLS:
+    for tool in tools:
         for file in files:
             name, left = f"{tool} {file}", end - time.monotonic()
             if left < 10:
                 results[name] = "not run: the time was up"
                 continue
-            watch = [sanitizer, "--tool", tool, "--error-exitcode", str(FAULT)]
-            watch += ["--target-processes", "application-only", "--kernel-name", "kernel_substring=cl_"]
-            command = [
-                *watch,
-                sys.executable,
-                "-P",
-                "-m",
-                "pytest",
-                "-q",
-                "-o",
-                "addopts=",
-                "-x",
-                "-m",
-                "gpu and not slow",
-                "-k",
-                "not graph",
-                file,
-            ]
+            watched = command(sanitizer, tool, file)
             try:
-                code = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, timeout=left, check=False).returncode
+                code = subprocess.run(watched, cwd=ROOT, env=os.environ | quiet, timeout=left, check=False).returncode
                 words = {0: "clean", 5: "clean: no quick test in it", FAULT: "FINDINGS"}
                 results[name] = words.get(code, f"failed with exit code {code}")
             except subprocess.TimeoutExpired:
@@ -82,8 +73,11 @@ def sanitize(limit_s: float) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", nargs="?", choices=TOOLS, help="[all three]")
+    parser.add_argument("file", nargs="*", help="[every file with a test marked gpu]")
     parser.add_argument("--limit", type=float, default=600.0)
-    results = sanitize(parser.parse_args().limit)
+    given = parser.parse_args()
+    results = sanitize([given.tool] if given.tool else TOOLS, given.file or gpu_test_files(), given.limit)
     for name, status in results.items():
         print(f"sanitize: {name}: {status}")
     return 0 if all(status.startswith("clean") for status in results.values()) else 1
