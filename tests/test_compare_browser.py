@@ -8,6 +8,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from compare_results import ARMS, SIZES, results, with_pictures
 from compare_small import run_small, small_data
+from conftest import ROOT
 from test_cli_report import result, shifted
 
 from cl_kernels.cli.report import write_report as write_train
@@ -374,3 +377,17 @@ def test_a_real_run_says_what_its_results_say(reports: dict[str, Path], open_pag
         assert mark.count() >= 1
     for one in found["missing"]:
         assert one[1:].rstrip(".") in told
+
+
+def test_the_readmes_picture_can_be_made(reports: dict[str, Path], browser: Any, tmp_path: Path) -> None:
+    out = tmp_path / "figures" / "picture.png"
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "report_picture.py"),
+        str(reports["compare"].parent),
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 10_000 < out.stat().st_size <= 200_000

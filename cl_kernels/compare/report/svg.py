@@ -105,8 +105,8 @@ def draw(series: Sequence[Series], *, x: Axis, y: Axis, key: str, title: str, sp
         *(_band(one, x, y) for one in series if one.band and one.line),
         *(_line(one, x, y) for one in series if one.line),
         "</g>",
-        *(_labels(span, x, y) for span in spans),
         *(_mark(one, mark, x, y) for one in series for mark in _carried(one)),
+        *(_labels(span, x, y) for span in spans),
         "</svg>",
     ]
     return "".join(parts)
@@ -138,7 +138,9 @@ def dots(rows: Sequence[tuple[str, Mark, bool]], *, x: Axis, key: str, title: st
 def swatch(one: Series) -> Key:
     """The legend's entry of a series."""
     line = f'<path class="line" stroke-dasharray="{_DASHES[one.dash]}" d="M1 8H35"/>' if one.line else ""
-    shape = "" if len(one.marks) > _MANY and one.line else f'<g transform="translate(18 8)">{_shape(one.slot)}</g>'
+    hollow = ' class="hollow"' if one.marks and all(mark.hollow for mark in one.marks) else ""
+    inside = f'<g{hollow} transform="translate(18 8)">{_shape(one.slot)}</g>'
+    shape = "" if len(one.marks) > _MANY and one.line else inside
     style = _colour(one) + (" strong" if one.strong else "")
     return Key(f'<svg class="key {style}" viewBox="0 0 36 16" aria-hidden="true">{line}{shape}</svg>', one.label)
 
