@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cl_kernels.compare.arms import Arm
 from cl_kernels.compare.session import Session
@@ -72,6 +71,8 @@ def multiply_adds(predict: Any, images: Tensor) -> int:
 
     torch counts two operations for one; prompts as a prefix of the attention are this package's own operation, and so
     counted here."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed
+
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_custom()) as counter:
         predict(images)
     return int(counter.get_total_flops()) // 2
