@@ -7,6 +7,7 @@ call of each begins from the same values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,6 @@ def resnet50() -> Iterator[Shape]:
 
 # The goal of 28.4 M parameters is stated for four blocks of ViT-B/16: 28,351,488.
 _LISTS: dict[str, Callable[[], Iterator[Shape]]] = {
-    "2 blocks of width 128": lambda: vit(128, 2, whole=False),
     "4 blocks of ViT-B/16": lambda: vit(768, 4, whole=False),
     "ResNet-50": resnet50,
     "ViT-B/16": lambda: vit(768, 12),
@@ -71,7 +71,12 @@ _LISTS: dict[str, Callable[[], Iterator[Shape]]] = {
 
 
 def parameter_list(model: str) -> list[Shape]:
-    """The shapes of all constrained parameters: the head is trained freely and left out."""
+    """The shapes of all constrained parameters: the head is trained freely and left out.
+
+    `model`: one of the list, or "3 blocks of width 256".
+    """
+    if found := re.fullmatch(r"(\d+) blocks of width (\d+)", model):
+        return list(vit(int(found[2]), int(found[1]), whole=False))
     return list(_LISTS[model]())
 
 
