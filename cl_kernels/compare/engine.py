@@ -19,6 +19,7 @@ from cl_kernels.compare.cache import Budget, Cache, opened
 from cl_kernels.compare.config import CompareConfig, describe_seconds
 from cl_kernels.compare.planner import BudgetError, Plan, Rates, cost_of_cell, make_plan, trim
 from cl_kernels.compare.progress import Silent
+from cl_kernels.compare.report import write_report
 from cl_kernels.compare.runner import OutOfTime, Runner
 from cl_kernels.compare.session import SAMPLE, Session, open_session
 from cl_kernels.compare.sweep import Run, cell_is_cached, run_cell
@@ -26,6 +27,7 @@ from cl_kernels.compare.tuning import Tuned, tune
 from cl_kernels.continual import seeds
 from cl_kernels.continual.checkpoint import write_atomically
 from cl_kernels.continual.environment import environment
+from cl_kernels.errors import BackendUnavailableError
 
 __all__ = ["SCHEMA", "Work", "compare"]
 
@@ -192,11 +194,9 @@ def _write(work: Work, results: dict[str, Any]) -> dict[str, Any]:
         _settle(work, results)
         write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
         try:
-            from cl_kernels.compare.report import write_report
-        except ImportError as error:
-            results["missing"].append(f"the report: {error}")
-        else:
             write_report(results, out)
+        except BackendUnavailableError as error:  # no jinja2
+            results["missing"].append(f"the report: {error}")
     _settle(work, results)
     text = json.dumps(results, indent=1, allow_nan=False)
     write_atomically(out / "results.json", text.encode())
