@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import math
 import random
 import re
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from html_pages import Page
 
 from cl_kernels.cli.report import charts, render, write_report
 from cl_kernels.cli.report.summary import MEASURES, Spread, accuracy_curve, forgetting_curve, sections
 from cl_kernels.errors import BackendUnavailableError, CheckpointError
 
 pytest.importorskip("jinja2", reason="the report is a jinja2 template")
-
-VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 def result(method: str, seed: int, *, tasks: int = 3, subspace: bool = False, **extra: Any) -> dict[str, Any]:
@@ -53,41 +51,6 @@ def shifted(clean: float, seed: int) -> dict[str, Any]:
         "severities": [sum(v) / 2 for v in zip(*families.values(), strict=True)],
         "groups": {"weather": sum(families["fog"]) / 5, "digital": sum(families["jpeg"]) / 5},
     }  # fmt: skip
-
-
-class Page(html.parser.HTMLParser):
-    """A strict reader: every tag is closed in order, ids are unique, references stay inside the page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def many() -> list[dict[str, Any]]:
