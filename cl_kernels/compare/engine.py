@@ -188,7 +188,7 @@ def _check_enough(work: Work, plan: Plan, runs: list[Run]) -> None:
 
 
 def _write(work: Work, results: dict[str, Any]) -> dict[str, Any]:
-    """results.json, then the report; a page that cannot be drawn is said and fails nothing else. What the file holds."""
+    """results.json, then the report; a page that cannot be drawn is said and fails nothing. What the file holds."""
     out = work.session.config.folder
     with work.budget.stage("report"):
         _settle(work, results)
