@@ -156,6 +156,11 @@ def test_ragged_draws_and_few_sizes_are_taken() -> None:
     hits = {arm: {50: by[50][:2], 1347: by[1347]} for arm, by in world.hits.items()}
     decision = decide(Outcomes(hits, "vpt-deep"), SIZES[-1], draws=400)
     assert [entry["size"] for entry in decision["gaps"]] == [50, 1347]
+    two = {arm: {50: by[50], 1347: by[1347]} for arm, by in outcomes(0, gap=3.0).hits.items()}
+    found = decide(Outcomes(two, "vpt-deep"), SIZES[-1], draws=400)["at"]
+    assert found["1x"]["verdict"] == "prompts"
+    assert found["2x"]["low"] > 0
+    assert found["2x"]["verdict"] == "too-close", "a line through two sizes supports nothing beyond them"
     same = {arm: {size: np.ones((2, 30)) for size in SIZES} for arm in ("vpt-deep", "full")}
     assert decide(Outcomes(same, "vpt-deep"), SIZES[-1], draws=400)["verdict"] == "too-close"
 

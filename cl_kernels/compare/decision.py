@@ -161,9 +161,9 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
     """The section "decision" of results.json without its words: verdicts at n, 2n and 5n, gaps, crossing, accuracies.
 
     A verdict at `images` (all there are) is of the measured gap where they were trained on, of the line in log n
-    otherwise and beyond. PB16: of 20 re-draws of images and draws at least 18 must name the same, else it is
-    "too-close". "other": the arm that validation chose among the rest beats prompts and full, each with its interval.
-    Cost: O(draws * sizes * (images + draws of the training set))."""
+    otherwise and beyond, where three sizes or more support it. PB16: of 20 re-draws of images and draws at least 18
+    must name the same, else it is "too-close". "other": the arm that validation chose among the rest beats prompts and
+    full, each with its interval. Cost: O(draws * sizes * (images + draws of the training set))."""
     generator = np.random.default_rng(seed)
     bootstrap = _Bootstrap(outcomes, draws, generator)
     hits, sizes = outcomes.hits, outcomes.sizes
@@ -178,7 +178,7 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
         )
         verdict, low, high = verdict_at(mean, column)
         agreeing = _agreement(column[:REDRAWS], verdict)
-        if agreeing < AGREE:
+        if agreeing < AGREE or (not measured and len(sizes) < 3):  # a line through two points cannot miss them
             verdict = CLOSE
         at[name] = {
             "size": size, "verdict": verdict, "gap": mean, "low": low, "high": high,

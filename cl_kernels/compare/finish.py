@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["finished", "reserve"]
 
 LAST = 4.0  # seconds for the decision, the report and its files
-SAFETY = 1.5  # on what is kept for the last stages
+SAFETY = 1.25  # on what is kept for the last stages
 PICTURES = 4000  # forward and backward passes of attribution: 8 images, 2 arms, 2 targets, 50 nodes and the checks
 LOADER = 'from cl_kernels.continual import load_model; model = load_model("{}")  # logits of uint8 images'
 

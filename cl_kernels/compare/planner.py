@@ -17,7 +17,7 @@ EPOCHS = (100, 70, 50, 40, 30, 25, 20, 16, 12, 10, 8, 6, 5, 4, 3)
 ENOUGH = 10  # epochs at the largest size, below which every arm is cut short
 SLACK = 0.9  # of the time that a plan may fill: other processes come and go
 MAX_EPOCHS = 200
-LOOKS = 4  # evaluations of the test images in a run, besides the last
+LOOKS = 10  # epochs whose test log-probabilities are kept of the run that is diagnosed, the first with all images
 FOLD = 0.8  # of a subset trains in a tuning trial
 
 
@@ -142,7 +142,7 @@ def cost_of_sweep(
 
 def cost_of_cell(plan: Plan, rates: Rates, arms: Sequence[str], size: int) -> float:
     """Predicted seconds of one size with one seed, all arms."""
-    return rates.trials(arms, size, plan.epochs_at(size), (1 + LOOKS) * plan.tested)
+    return rates.trials(arms, size, plan.epochs_at(size), 2 * plan.tested)
 
 
 def cost_of_tuning(plan: Plan, rates: Rates, arms: Sequence[str]) -> float:

@@ -17,9 +17,7 @@ from cl_kernels.continual import Deployed, save_model
 if TYPE_CHECKING:
     from cl_kernels.compare.engine import Work
 
-__all__ = ["DIAGNOSIS_LOOKS", "Run", "cell_is_cached", "run_cell", "weights_file"]
-
-DIAGNOSIS_LOOKS = 10  # epochs whose test log-probabilities are kept of the runs that are diagnosed
+__all__ = ["Run", "cell_is_cached", "run_cell", "weights_file"]
 
 
 @dataclass
@@ -51,12 +49,13 @@ def run_cell(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tuned], si
     Raises `OutOfTime`, and `RuntimeError` where an arm fails with every setting."""
     epochs = plan.epochs_at(size)
     top = size == plan.sizes[-1]
-    every = max(1, epochs // (DIAGNOSIS_LOOKS if top else LOOKS))
     found = []
     for arm in work.session.arms:
         keep = _saver(work, arm) if top and draw == 0 else None
         for entry in tuned[arm.name].entries(size):
             options = entry["options"]
+            wanted = max(1, round(entry["best_share"] * epochs))
+            every = max(1, epochs // LOOKS) if top and draw == 0 else wanted
             record = runner.measure(arm, options, size, draw, epochs, every, keep)
             if record["status"] == "done":
                 break
@@ -66,7 +65,6 @@ def run_cell(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tuned], si
         tensors = work.cache.tensors("sweep", runner.sweep_key(arm, options, size, draw, epochs))
         test = {int(name): value for name, value in tensors.items() if name != "final"}
         test[epochs] = tensors["final"]
-        wanted = entry["best_share"] * epochs
         best = min(test, key=lambda epoch: (abs(epoch - wanted), -epoch))
         found.append(Run(arm.name, size, draw, options, record, test, best))
     return found

@@ -91,6 +91,8 @@ def _reasons(
     ]
     if now["agreeing"] < decision["rule"]["agree"]:
         found.append(f"Only {now['agreeing']} of 20 re-draws of images and training sets name the same winner.")
+    if now["extrapolated"] and len({size for _, size in accuracy}) < 3:
+        found.append("Fewer than three sizes were trained: a line through two says nothing of sizes beyond them.")
     tie = decision.get("tie")
     if tie:
         what = "Accuracy cannot separate the two; your preference for less {} decided".format(tie["prefer"])
