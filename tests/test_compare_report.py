@@ -209,6 +209,8 @@ def test_markdown_says_the_same(tmp_path: Path) -> None:
     assert text.count("|---|") == len(page.all("table")), "every table of the page, those behind charts too"
     for one in found["decision"]["accuracy"]:
         assert f"{100 * one['mean']:.1f} ({100 * one['low']:.1f} to {100 * one['high']:.1f})" in text
+    first = max(found["decision"]["accuracy"], key=lambda one: (one["size"] == SIZES[-1], one["mean"]))
+    assert f"**{100 * first['mean']:.1f} ({100 * first['low']:.1f} to" in text, "the best of a column stands out"
     for line in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (tmp_path / line).is_file()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from urllib.parse import quote
 
 from .blocks import Block, Case, Chart, Charts, Code, Heading, Items, Note, Page, Strip, Table, Text, Tiles
@@ -52,8 +53,12 @@ def _block(block: Block) -> str:
 
 def _table(table: Table) -> str:
     """A pipe table, its caption above it."""
-    lines = [[table.head, *table.columns], *([row.head, *row.cells] for row in table.rows)]
-    texts = ["| " + " | ".join(plain(cell) or " " for cell in line) + " |" for line in lines]
+
+    def told(cells: Iterable[str], best: Collection[int] = ()) -> str:
+        texts = [f"**{plain(cell)}**" if index in best else plain(cell) or " " for index, cell in enumerate(cells, -1)]
+        return "| " + " | ".join(texts) + " |"
+
+    texts = [told([table.head, *table.columns]), *(told([row.head, *row.cells], row.best) for row in table.rows)]
     rule = "|" + "|".join(["---", *["--:"] * len(table.columns)]) + "|"
     return "\n".join([f"{plain(table.caption)}:", "", texts[0], rule, *texts[1:]])
 
