@@ -272,6 +272,13 @@ class TestIntegratedGradients:
             assert bool((error <= 0.01).all())
             assert not bool(found.flagged.any())
 
+    def test_agrees_with_captum(self) -> None:
+        captum = pytest.importorskip("captum.attr", reason="captum is not installed; agreed to 2e-7 with 0.9")
+        model, x = prompted(6), images()
+        theirs = captum.IntegratedGradients(model).attribute(x, target=2, n_steps=50, method="gausslegendre")
+        ours = at.integrated_gradients(model, x, 2).values
+        assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5
+
     def test_completeness_where_a_pool_chooses_prompts_by_the_image(self) -> None:
         """The pool keeps what it chose for the image; else the path crosses other models."""
         for name in ("l2p", "coda-prompt", "kdp"):

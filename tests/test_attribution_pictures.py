@@ -66,6 +66,11 @@ class TestSanity:
         assert looked.reads == "patches"
         attributions = at.integrated_gradients(method, x[:2], y[:2])
         assert bool((attributions.error <= 0.01).all())
+        torch.testing.assert_close(
+            attributions.on_patches(4, 4).sum(dim=(1, 2)), attributions.values.sum(dim=(1, 2, 3))
+        )
+        other = at.integrated_gradients(method, x[:2], 0, head=at.randomised_head(method))
+        assert float(at.spearman(attributions.on_patches(4, 4), other.on_patches(4, 4)).median()) < 0.5
 
     def test_an_area_under_a_constant_probability_is_that_probability(self) -> None:
         """A head that says the same of everything: taking patches away changes nothing."""

@@ -6,7 +6,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from cl_kernels.compare.attribution._view import View, isolated
 from cl_kernels.compare.attribution.attention import AttentionMap, attention_map, attention_rollout
 from cl_kernels.compare.attribution.cam import gradcam
 from cl_kernels.compare.attribution.path_gradients import Attribution, integrated_gradients
-from cl_kernels.compare.attribution.sanity import deletion_insertion, on_patches, randomised_head, spearman
+from cl_kernels.compare.attribution.sanity import deletion_insertion, randomised_head, spearman
 from cl_kernels.data.preprocess import Preprocessing
 
 __all__ = ["METHODS", "TITLES", "Painter"]
@@ -34,7 +34,14 @@ CHANGED = 0.5  # rank correlation with a random head's map, below which a map de
 STEPS = 8  # of the patches that are taken away
 CHECKED = 4  # images on which that is tried
 
-Result = Attribution | AttentionMap | None
+
+class _Map(NamedTuple):
+    """`shown` [h, w] is drawn; `patches` [h, w] is what order and ranks are taken from (of Integrated Gradients with
+    its sign); `found` is what else the method says."""
+
+    shown: Tensor
+    patches: Tensor
+    found: Attribution | AttentionMap | None
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Painter:
     _ranks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     _errors: dict[str, list[float]] = field(default_factory=dict)
     _chance: dict[tuple[str, int], float] = field(default_factory=dict)  # of the current image, by model and class
-    _maps: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # likewise, by method too
+    _maps: dict[tuple[str, str, int], _Map] = field(default_factory=dict)  # likewise, by method too
 
     def legend(self) -> list[dict[str, str]]:
         """The rows, in words."""
@@ -142,21 +149,21 @@ class Painter:
     ) -> dict[str, Any]:
         """The maps of all models for one class, on one scale."""
         results = {arm: self._map(method, view, image, at) for arm, view in self.views.items()}
-        self._maps |= {(arm, method, at): maps for arm, (maps, _) in results.items()}
-        shares = {arm: maps[0] / maps.sum().clamp(min=1e-300) for arm, (maps, _) in results.items()}
+        self._maps |= {(arm, method, at): one for arm, one in results.items()}
+        shares = {arm: one.shown / one.shown.sum().clamp(min=1e-300) for arm, one in results.items()}
         tops = [share.quantile(CUT) if method == "ig" else share.max() for share in shares.values()]
         high = float(torch.stack(tops).max())
         of = f" for {self.class_names[at]}" if target is not None else ""
         drawn = []
-        for arm, (maps, result) in results.items():
+        for arm, one in results.items():
             name = f"{stem}-{method}{'' if target is None else f'-class{target}'}-{_slug(arm)}"
             painted = render.legend(picture, shares[arm], high, smooth=self.smooth)
-            alt = f"{TITLES[method]} of {arm}{of} on {what}: {_where(self._patches(self.views[arm], image, maps)[0])}"
+            alt = f"{TITLES[method]} of {arm}{of} on {what}: {_where(one.patches.clamp(min=0))}"
             drawn.append({"arm": arm, "file": self._write(name, painted), "alt": alt,
-                          **self._numbers(arm, image, maps, at, result)})  # fmt: skip
+                          **self._numbers(arm, image, one, at)})  # fmt: skip
         ranks = None
         if len(self.pair) == 2:
-            a, b = (self._patches(self.views[arm], image, results[arm][0]) for arm in self.pair)
+            a, b = (results[arm].patches[None] for arm in self.pair)
             ranks = _number(float(spearman(a, b)[0])) if a.shape == b.shape else None
         return {
             "method": method,
@@ -168,19 +175,18 @@ class Painter:
             "maps": drawn,
         }
 
-    def _map(self, method: str, view: View, image: Tensor, target: int) -> tuple[Tensor, Result]:
-        """One map [1, h, w] in float64 on the CPU, and what else its method found."""
-        result: Result = None
-        if method == "gradcam":
-            maps = gradcam(view, image, target, batch_size=self.batch_size)
-        elif method == "ig":
+    def _map(self, method: str, view: View, image: Tensor, target: int) -> _Map:
+        """One map, in float64 on the CPU."""
+        if method == "ig":
             result = self._integrated(view, image, target, self.max_nodes)
-            maps = result.maps()
-        else:
-            look = attention_rollout if method == "rollout" else attention_map
-            result = look(view, image, batch_size=self.batch_size)
-            maps = result.maps
-        return maps.detach().double().cpu(), result
+            return _Map(result.maps()[0].cpu(), result.on_patches(*_grid(view, image))[0].cpu(), result)
+        if method == "gradcam":
+            maps = gradcam(view, image, target, batch_size=self.batch_size)[0].double().cpu()
+            return _Map(maps, maps, None)
+        look = attention_rollout if method == "rollout" else attention_map
+        looked = look(view, image, batch_size=self.batch_size)
+        maps = looked.maps[0].double().cpu()
+        return _Map(maps, maps, looked)
 
     def _integrated(self, view: View, image: Tensor, target: int, most: int, **extra: Any) -> Attribution:
         with warnings.catch_warnings():
@@ -190,16 +196,16 @@ class Painter:
                 **extra,
             )  # fmt: skip
 
-    def _numbers(self, arm: str, image: Tensor, maps: Tensor, target: int, result: Result) -> dict[str, Any]:
+    def _numbers(self, arm: str, image: Tensor, one: _Map, target: int) -> dict[str, Any]:
         known = (arm, target) in self._chance
         curves = deletion_insertion(
-            self.views[arm], image, maps, target, steps=STEPS, chance=not known, seed=self.seed,
+            self.views[arm], image, one.patches[None], target, steps=STEPS, chance=not known, seed=self.seed,
             batch_size=self.batch_size,
         )  # fmt: skip
         if not known:
             self._chance[arm, target] = float(curves.random[0])
         found: dict[str, Any] = {
-            "empty": not bool(maps.any()),
+            "empty": not bool(one.shown.any()),
             "completeness": None,
             "nodes": None,
             "flagged": None,
@@ -209,6 +215,7 @@ class Painter:
             "masses": None,
             "reads": None,
         }
+        result = one.found
         if isinstance(result, Attribution):
             error = float(result.error[0])
             self._errors.setdefault(arm, []).append(error)
@@ -229,18 +236,19 @@ class Painter:
             if method == "gradcam":
                 other = gradcam(view, image, column, head=head, batch_size=self.batch_size).double()
             else:
-                other = self._integrated(view, image, column, self.nodes, head=head).maps()
-            a, b = (self._patches(view, image, maps.cpu()) for maps in (mine, other))
-            ranks.setdefault(method, []).append(float(spearman(a, b)[0]))
-
-    def _patches(self, view: View, image: Tensor, maps: Tensor) -> Tensor:
-        tall, wide = (int(side) for side in view.backbone.patch_embed.patch_size)
-        return on_patches(maps, image.shape[2] // tall, image.shape[3] // wide)
+                other = self._integrated(view, image, column, self.nodes, head=head).on_patches(*_grid(view, image))
+            ranks.setdefault(method, []).append(float(spearman(mine.patches[None], other.cpu())[0]))
 
     def _write(self, name: str, picture: Any) -> str:
         file = f"figures/{name}.png"
         self.bytes += render.write_png(self.out / file, picture)
         return file
+
+
+def _grid(view: View, image: Tensor) -> tuple[int, int]:
+    """Patches in a column and in a row."""
+    tall, wide = (int(side) for side in view.backbone.patch_embed.patch_size)
+    return image.shape[2] // tall, image.shape[3] // wide
 
 
 def _slug(name: str) -> str:

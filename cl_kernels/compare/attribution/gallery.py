@@ -64,8 +64,9 @@ def pictures(
 
     A panel is one row to show side by side: the same image, `target` (a label; null for attention and rollout) and
     colour scale for all arms. `why` says whose class it is ("true", "true, predicted by full", ...). Each map is scaled
-    to add up to one; `high` is the share that the brightest colour stands for (for "ig" the 98th percentile, what is
-    above is cut). `agreement`: Spearman between the pair's maps, on patches. Numbers that do not apply are null.
+    to add up to one; `high` is the share that the brightest colour stands for (for "ig", of which the pixels that speak
+    for the class are drawn, the 98th percentile: what is above is cut). `agreement`: Spearman between the pair's maps;
+    it, `deletion` and `insertion` look at patches, of "ig" with their sign. Numbers that do not apply are null.
     `masses`: {cls, prompts, patches} of attention and rollout; `reads`: whose query, see `AttentionMap`.
     `file` is relative to `out`; every file has an `alt` text.
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cl_kernels.compare.attribution._patches import on_patches
 from cl_kernels.compare.attribution._rows import same_prompts
 from cl_kernels.compare.attribution._targets import Target, chosen_columns, pieces
 from cl_kernels.compare.attribution._view import Head, View, isolated, view_of
@@ -29,8 +30,16 @@ class Attribution(NamedTuple):
     flagged: Tensor
 
     def maps(self) -> Tensor:
-        """|sum over channels| [B, H, W]: how much each pixel moves the logit, whichever way."""
-        return self.values.sum(dim=1).abs()
+        """What speaks for the class [B, H, W]: the sum over channels, where it is above zero.
+
+        Not its absolute value, as is often drawn: that follows the image rather than the model. With a head of random
+        weights the absolute map of CIFAR-10 photographs kept a rank correlation of 0.7 with the real one, this kept 0.
+        """
+        return self.values.sum(dim=1).relu()
+
+    def on_patches(self, height: int, width: int) -> Tensor:
+        """What each of height x width patches adds to the logit [B, h, w], with its sign; they add up to `change`."""
+        return on_patches(self.values.sum(dim=1), height, width)
 
 
 def integrated_gradients(

@@ -14,8 +14,8 @@ from cl_kernels.data.preprocess import Preprocessing
 
 __all__ = ["COLOURS", "coloured", "legend", "shown", "upsampled", "write_png"]
 
-# Seventeen stops of viridis (van der Walt and Smith, CC0): lightness rises evenly, and blue to yellow is told apart with any
-# kind of colour blindness and in print without colour.
+# Seventeen stops of viridis (van der Walt and Smith, CC0): lightness rises evenly, and blue to yellow is told apart
+# with any kind of colour blindness and in print without colour.
 COLOURS = (
     (68, 1, 84), (72, 24, 106), (71, 45, 123), (66, 64, 134), (59, 82, 139), (51, 99, 141),
     (44, 114, 142), (38, 130, 142), (33, 145, 140), (31, 160, 136), (40, 174, 128), (63, 188, 115),

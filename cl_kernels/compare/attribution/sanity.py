@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_kernels.compare.attribution._patches import on_patches
 from cl_kernels.compare.attribution._targets import Target, chosen_columns, pieces
 from cl_kernels.compare.attribution._view import Head, View, isolated, view_of
 
-__all__ = ["Curves", "deletion_insertion", "on_patches", "randomised_head", "spearman"]
+__all__ = ["Curves", "deletion_insertion", "randomised_head", "spearman"]
 
 
 class Curves(NamedTuple):
@@ -66,18 +67,6 @@ def randomised_head(model: Any, *, seed: int = 0) -> Head:
         return logits
 
     return head
-
-
-def on_patches(maps: Tensor, height: int, width: int) -> Tensor:
-    """Maps [B, H, W] summed over the pixels of each of height x width patches; patch maps pass through.
-
-    Raises `ValueError` where the patches do not fit the maps."""
-    if tuple(maps.shape[1:]) == (height, width):
-        return maps
-    if maps.ndim != 3 or maps.shape[1] % height or maps.shape[2] % width:
-        raise ValueError(f"maps: expected [B, {height}, {width}] or pixels of them, got {tuple(maps.shape)}")
-    summed: Tensor = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1)).sum(dim=(2, 4))
-    return summed
 
 
 def deletion_insertion(

@@ -23,7 +23,8 @@ __all__ = ["SCHEMA", "explain"]
 SCHEMA = "cl_kernels.explain/1"
 NOTE = (
     "Dark blue: little of the map; yellow: much. A map adds up to one, and the maps of a row have one colour scale. "
-    "It says where a model looked, not why; attention and rollout do not look at the class at all."
+    "Integrated Gradients shows the pixels that speak for the class, against an image of the mean colour. Maps say "
+    "where a model looked, not why; attention and rollout do not look at the class at all."
 )
 
 
