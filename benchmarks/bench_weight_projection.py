@@ -25,7 +25,7 @@ from cl_kernels.benchmarks.ftp_variants import (
     total,
     vectorised,
 )
-from cl_kernels.benchmarks.harness import Case, Plan, can_compile, main, planned
+from cl_kernels.benchmarks.harness import Case, NotHereError, Plan, can_compile, main, planned
 from cl_kernels.benchmarks.official_ftp import BETA1, BETA2, EPS, MOMENTUM, Released
 
 from cl_kernels.ops import weight_projection as wp
@@ -105,6 +105,7 @@ def title(model: str, share: float, base: str, **_: Any) -> str:
 @planned(title)
 def step_case(model: str, share: float, device: str, *, base: str = "adam", compile_too: bool = False) -> Case:
     """`expected` is one step of the official recurrence in float64; `read` gives what moved since the anchor."""
+    refuse_what_does_not_fit(model, device)
     s = layers(model, share, device, base)
     expected = s.expected()
     steps, kept = variants(s, compile_too=compile_too and can_compile())
@@ -143,16 +144,13 @@ def projected_share(s: State) -> float:
     return ours.share()
 
 
-def fits(model: str, device: str) -> bool:
-    """Whether half the free memory is enough for a case on the CPU; says so where it is not. A GPU has it, or fails."""
+def refuse_what_does_not_fit(model: str, device: str) -> None:
+    """Raise where half the free memory is not enough for a case on the CPU. A GPU has it, or fails."""
     if device == "cuda" or model not in NEEDED:
-        return True
+        return
     needed, free = NEEDED[model] * BYTES_EACH, free_memory() / 2
     if needed > free:
-        sys.stdout.write(
-            f"{model}: left out, needs {needed / 1e9:.0f} GB, half of what is free is {free / 1e9:.0f} GB\n"
-        )
-    return needed <= free
+        raise NotHereError(f"needs {needed / 1e9:.0f} GB, half of what is free is {free / 1e9:.0f} GB")
 
 
 def free_memory() -> float:
@@ -169,7 +167,7 @@ def all_cases(quick: bool, device: str) -> Iterable[Plan]:
         yield step_case(SMALL, 0.3, device, base="sgd")
         return
     for model in (GOAL, "ViT-B/16", "ResNet-50", "ViT-L/16"):
-        for share in SHARES if fits(model, device) else ():
+        for share in SHARES:
             yield step_case(model, share, device, compile_too=model == GOAL or device == "cuda")
     for model in (GOAL, "ResNet-50"):
         yield step_case(model, 0.3, device, base="sgd")

@@ -13,7 +13,7 @@ from cl_kernels.benchmarks.memory import peak_extra
 
 __all__ = ["BUDGET_S", "best", "clock", "rates", "schedule", "times"]
 
-BUDGET_S: Final = 2.0  # seconds of timing for a case in a pass
+BUDGET_S: Final = 1.5  # seconds of timing for a case in a pass
 SLICE_S: Final = 0.01  # a slice is timed as a whole; the clock counts in microseconds, a tick of the kernel in 1-4 ms
 SLICES: Final = 3  # a block's value is the least of its slices: what an interrupt hit is left out
 MOST, FEWEST = 15, 2  # blocks of a variant

@@ -157,7 +157,7 @@ def command(given: Options, device: str) -> int:
         for part in parts(model, device):
             try:
                 found.append(measured(part, known, rates, device, 0.05 if given.quick else given.case_budget))
-            except (ValueError, ImportError) as problem:
+            except (ValueError, ImportError, harness.NotHereError) as problem:
                 wrong.append(f"{part.method}: {part.name}: {problem}")
     finally:
         torch.set_num_threads(threads)

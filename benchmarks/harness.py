@@ -26,10 +26,26 @@ import torch
 from cl_kernels.benchmarks import cpu_timing, cuda_timing, spread
 from torch import Tensor
 
-__all__ = ["Case", "Plan", "Rates", "can_compile", "error", "main", "measure", "measure_rates", "planned", "short"]
+__all__ = [
+    "Case",
+    "NotHereError",
+    "Plan",
+    "Rates",
+    "can_compile",
+    "error",
+    "main",
+    "measure",
+    "measure_rates",
+    "planned",
+    "short",
+]
 
 Outputs = Tensor | Sequence[Tensor]
 P = ParamSpec("P")
+
+
+class NotHereError(Exception):
+    """A case that this machine cannot have, such as one that does not fit its memory."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ DTYPES: Final = {
     "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
     "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
-TABLE_S: Final = 540.0  # of `make bench`, so that it stays under ten minutes
+TABLE_S: Final = 570.0  # of `make bench`, so that it stays under ten minutes
 LONG_S: Final = 6 * 3600.0
 
 
@@ -86,7 +86,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     made.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with an earlier --json of this machine")
     made.add_argument("--fail-above", metavar="5%", help="with --compare: exit 1 where ours is slower by more")
     made.add_argument("--passes", type=int, help="processes each room is measured in [2; 1 on a GPU and with --quick]")
-    made.add_argument("--budget", help="time for everything, such as 9m or 90s [9m for the table]")
+    made.add_argument("--budget", help="time for everything, such as 9m or 90s [9.5m for the table]")
     made.add_argument("--sweep", action="store_true", help="scaling curves, with figures in --out, not the table")
     made.add_argument("--end-to-end", action="store_true", help="what share of a ViT's training step each part costs")
     made.add_argument("--no-peaks", action="store_true", help=argparse.SUPPRESS)

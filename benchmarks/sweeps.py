@@ -153,7 +153,7 @@ def command(given: Options, device: str) -> int:
                 continue
             try:
                 curve = measured(sweep, rates, device, quick=given.quick)
-            except ImportError as problem:
+            except (ImportError, harness.NotHereError) as problem:
                 report["not_run"][sweep.name] = f"not run: {problem}".partition("\n")[0]
                 continue
             report["results"] += curve.pop("results")

@@ -205,10 +205,14 @@ def test_a_file_of_numbers_is_whole_after_each_case(monkeypatch: pytest.MonkeyPa
     def cases(quick: bool) -> Iterator[harness.Plan]:
         yield plan(harness.Case({"ours": lambda: one}, one, 0.0, flops=1.0), "first")
         yield harness.Plan("second", second)
+        yield harness.Plan("third", third)
 
     def second() -> harness.Case:
         assert [one["case"] for one in records.read(path)["results"]] == ["first"]
         raise ModuleNotFoundError("No module named 'timm'")
+
+    def third() -> harness.Case:
+        raise harness.NotHereError("needs 18 GB")
 
     monkeypatch.setattr(bench_covariance, "cases", cases)
     threads = torch.get_num_threads()
@@ -216,7 +220,10 @@ def test_a_file_of_numbers_is_whole_after_each_case(monkeypatch: pytest.MonkeyPa
     assert torch.get_num_threads() == threads
     report = records.read(path)
     assert [one["case"] for one in report["results"]] == ["first"]
-    assert report["not_run"] == {"covariance: second": "not run: No module named 'timm'"}
+    assert report["not_run"] == {
+        "covariance: second": "not run: No module named 'timm'",
+        "covariance: third": "not run: needs 18 GB",
+    }
     assert report["environment"]["device"] == "cpu"
     assert "covariance" in report["rates"]
 
