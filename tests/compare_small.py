@@ -68,4 +68,5 @@ def comparable(results: dict[str, Any]) -> dict[str, Any]:
     plan = {key: value for key, value in found["plan"].items() if key != "rates"}
     kept = ("schema", "settings", "data", "sizes", "arms", "runs", "diagnosis", "weights", "missing")
     settings = {key: value for key, value in found["settings"].items() if key != "out"}
+    found["missing"] = [note for note in found["missing"] if not note.startswith("quiet timings")]
     return {key: found[key] for key in kept} | {"decision": decision, "plan": plan, "settings": settings}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def finished(
             arm: {"file": weights_file(arm), "loader": LOADER.format(weights_file(arm))}
             for arm in work.names if (session.config.folder / weights_file(arm)).exists()
         },
-        "missing": [*session.notes, *work.missing, *_dropped(plan)],
+        "missing": [*session.notes, *work.missing, *_dropped(plan), *_busy()],
     }  # fmt: skip
 
 
@@ -94,6 +95,17 @@ def _dropped(plan: Plan) -> list[str]:
     if plan.sizes[-1] < plan.images:
         found.append(f"training with more than {plan.sizes[-1]} of {plan.images} images: the budget did not reach")
     return found
+
+
+def _busy() -> list[str]:
+    """A note where more processes want to run than the machine has cores: measured times then say little."""
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except OSError:
+        return []
+    if load <= 1.5 * cores:
+        return []
+    return [f"quiet timings: {load:.1f} processes shared {cores} cores, so times and latencies are rough"]
 
 
 def _chosen(work: Work, plan: Plan, tuned: Mapping[str, Tuned]) -> tuple[str, str | None]:

@@ -166,10 +166,12 @@ def open_session(
     if data.skipped:
         notes.append(f"{data.skipped} broken images were left out (--strict stops at the first)")
     chosen = torch.arange(len(data.test))
-    if len(chosen) > TEST_IMAGES:
+    wanted = backbone.preprocessing
+    most = min(TEST_IMAGES, KEPT_BYTES // (4 * wanted.channels * wanted.size**2))
+    if len(chosen) > most:
         generator = torch.Generator().manual_seed(derive(config.seed, "test images"))
-        chosen = torch.randperm(len(chosen), generator=generator)[:TEST_IMAGES].sort().values
-        notes.append(f"{TEST_IMAGES} of {len(data.test)} test images, drawn at random, are used")
+        chosen = torch.randperm(len(chosen), generator=generator)[:most].sort().values
+        notes.append(f"{most} of {len(data.test)} test images, drawn at random, are used")
     return Session(
         config=config, device=device, backbone=backbone, data=data, arms=[ARMS[name] for name in config.arms],
         labels=labels, classes=classes, sealed=SealedLabels(data.test.labels[chosen]), test_rows=chosen, notes=notes,

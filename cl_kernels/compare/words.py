@@ -47,6 +47,7 @@ def _sentence(decision: Mapping[str, Any], titles: Mapping[str, str], images: in
     now, verdict = decision["at"]["1x"], decision["verdict"]
     gap = f"{_points(now['gap'])} points (95 % interval {_points(now['low'])} to {_points(now['high'])})"
     prompts = titles[decision["prompts_arm"]]
+    trained = max(entry["size"] for entry in decision["accuracy"])
     tie = decision.get("tie") or {}
     if tie.get("broken"):
         return (
@@ -56,11 +57,11 @@ def _sentence(decision: Mapping[str, Any], titles: Mapping[str, str], images: in
     if verdict == OTHER:
         against = decision["other"]["against"]
         return (
-            f"Neither prompts nor full fine-tuning: {titles[decision['arm']]} is better with {images} images, by "
+            f"Neither prompts nor full fine-tuning: {titles[decision['arm']]} is better with {trained} images, by "
             f"{_points(against[PROMPTS]['gap'])} points than {prompts} and by {_points(against[FULL]['gap'])} than "
             "full fine-tuning."
         )
-    basis = "expected, beyond what was trained on" if now["extrapolated"] else "measured"
+    basis = "by the line through the sizes that were trained" if now["extrapolated"] else "measured"
     if verdict == CLOSE:
         return (
             f"Too close to call with {images} images: {prompts} minus full fine-tuning is {gap}, {basis}, and no other "
