@@ -45,6 +45,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "triton": _version("triton"),
         "cl_kernels": cl_kernels.__version__,
         "native": _native.load() is not None,
+        "backend": os.environ.get("CL_KERNELS_BACKEND", "auto"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

@@ -32,6 +32,7 @@ import sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-site"
+STAMP = "built-from.txt"
 BUDGET_S = 580.0
 NO_GPU, BAD_USAGE = 3, 2
 KINDS = ("build", "tests", "sanitizer", "resources", "benchmarks")
@@ -148,6 +149,12 @@ def do(unit: Unit, out: Path, left: float) -> dict[str, Any]:
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
 
 
+def built_from() -> str | None:
+    """The commit that build/gpu-site was built from: DIR may come from another machine."""
+    stamp = SITE / STAMP
+    return stamp.read_text() if stamp.exists() else None
+
+
 def describe(device: dict[str, Any]) -> dict[str, Any]:
     """Commit, date, device, driver: what the numbers belong to."""
     return {
@@ -180,7 +187,7 @@ def run(wanted: Sequence[Unit], out: Path, device: dict[str, Any]) -> dict[str, 
     needs_build = any(unit.kind not in ("build", "resources") for unit in wanted)
     for unit in [build, *wanted] if needs_build and build not in wanted else wanted:
         before = report["units"].get(unit.key, {}).get("status")
-        if before == "done" and not (unit.kind == "build" and not SITE.exists()):
+        if before == "done" and not (unit.kind == "build" and built_from() != report["commit"]):
             say(f"{unit.key}: done before")
             continue
         left = end - time.monotonic()
@@ -189,8 +196,10 @@ def run(wanted: Sequence[Unit], out: Path, device: dict[str, Any]) -> dict[str, 
             continue
         report["units"][unit.key] = do(unit, out, left)
         gpu_report.write(out, report)
-        if unit.kind == "build" and report["units"][unit.key]["status"] != "done":
-            break
+        if unit.kind == "build":
+            if report["units"][unit.key]["status"] != "done":
+                break
+            (SITE / STAMP).write_text(str(report["commit"]))
     gpu_report.write(out, report)
     return report
 

@@ -56,6 +56,9 @@ def test_the_same_command_goes_on_where_time_ran_out(done: list[str], tmp_path: 
     assert json.loads((tmp_path / "report.json").read_text())["units"][wanted[1].key]["status"] == "done"
     run_gpu.run(wanted, tmp_path, DEVICE)
     assert done[3:5] == [wanted[2].key, wanted[3].key], "what is done is not done again"
+    (tmp_path / run_gpu.STAMP).unlink()
+    run_gpu.run(wanted, tmp_path, DEVICE)
+    assert done[6] == "build", "the report came along to a machine where nothing is built"
 
 
 def test_another_commit_starts_anew(done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
