@@ -109,7 +109,9 @@ def _more_sets(rebuild: Callable[[], dict[str, Callable[[], Any]]], wanted: int)
 
 
 def _columns(calls: Sequence[Callable[[], Any]], cold: list[list[float]], rep_ms: int, moved: float) -> dict[str, Any]:
-    call, middle = calls[0], statistics.median(value for block in cold for value in block)
+    every = [value for block in cold for value in block]
+    low, middle, high = statistics.quantiles(every, n=4, method="inclusive")
+    call = calls[0]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -125,7 +127,9 @@ def _columns(calls: Sequence[Callable[[], Any]], cold: list[list[float]], rep_ms
     graph = _graph(calls, middle, rep_ms, rotated=len(calls) * moved >= ROTATED_BYTES)
     return {
         "blocks": [[statistics.median(block) for block in cold]],
-        "calls": sum(len(block) for block in cold),
+        "calls": len(every),
+        "call_p25_s": low,
+        "call_p75_s": high,
         **graph,
         "host_s": host,
         "peak_bytes": peak,
@@ -138,9 +142,11 @@ def _graph(calls: Sequence[Callable[[], Any]], middle: float, rep_ms: int, *, ro
     if middle >= CAPTURED_S:
         return nothing | {"graph_reason": f"longer than {1e3 * CAPTURED_S:g} ms"}
     one = _captured(calls[:1])
+    if isinstance(one, str):
+        return nothing | {"graph_reason": one}
     every = _captured(calls) if rotated and len(calls) > 1 else one
-    if isinstance(one, str) or isinstance(every, str):
-        return nothing | {"graph_reason": one if isinstance(one, str) else every}
+    if isinstance(every, str):
+        return nothing | {"graph_reason": every}
     hot = statistics.median(_back_to_back(one))
     found = (
         statistics.median(_back_to_back(every)) / len(calls) if rotated else statistics.median(_seconds(one, rep_ms))

@@ -214,9 +214,34 @@ def table_lines(table: Table) -> Iterator[str]:
     )
 
 
+def device_lines(folder: Path) -> Iterator[str]:
+    """A GPU's own table: every case of its files, ours beside the best of the others."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    yield f"| {records[0]['environment']['device']} | ours | of floor | the quickest other takes |"
+    yield "|---|---:|---:|---:|"
+    for result in (result for record in records for result in record["results"]):
+        rows = {row["variant"]: row for row in result["rows"] if "failed" not in row}
+        if "ours" not in rows:
+            raise SystemExit(f"{folder.name}: {result['case']} has no time for ours")
+        ours = rows["ours"]
+        others = [row for name, row in rows.items() if not name.startswith("ours") and not row.get("yardstick")]
+        best = min(others, key=lambda row: float(row["times_ours"]), default=None)
+        floor = f"{ours['floor_percent']:.0f} %" if ours["floor_percent"] is not None else ""
+        other = f"{cell(best, 'error')}, {best['variant']}" if best else ""
+        yield f"| {result['case']} | {time(ours['median_s'])} ({ours['error']:.0e}) | {floor} | {other} |"
+    machine = records[0]["environment"]
+    commits = ", ".join(sorted({record["environment"]["commit"].rstrip("+") for record in records}))
+    yield ""
+    how = f"{machine['clock']}, torch {machine['torch']}, commit {commits}"
+    yield f"In brackets: relative error against float64. {how}."
+
+
 def block() -> str:
-    """The Markdown between the markers."""
-    return "\n\n".join("\n".join(table_lines(table)) for table in TABLES)
+    """The Markdown between the markers: the CPU's tables, then one for each GPU that has results."""
+    tables = ["\n".join(table_lines(table)) for table in TABLES]
+    devices = sorted(path for path in RESULTS.parent.iterdir() if path.is_dir() and path != RESULTS)
+    tables += ["\n".join(device_lines(path)) for path in devices if any(path.glob("*.json"))]
+    return "\n\n".join(tables)
 
 
 def main() -> int:

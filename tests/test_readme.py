@@ -174,6 +174,35 @@ def test_the_benchmark_tables_say_what_was_measured() -> None:
     assert f"{benchmarks.BEGIN}\n{benchmarks.block()}\n{benchmarks.END}" in README
 
 
+def test_a_gpus_results_are_a_table_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks = load("scripts/readme_benchmarks.py")
+    rows = [
+        {"variant": "ours", "median_s": 2e-5, "times_ours": 1.0, "floor_percent": 61.2, "error": 1e-7},
+        {"variant": "slow", "median_s": 9e-5, "times_ours": 4.5, "floor_percent": 13.0, "error": 1e-6},
+        {"variant": "quick", "median_s": 4e-5, "times_ours": 2.0, "floor_percent": 30.0, "error": 2e-6},
+        {
+            "variant": "bare",
+            "median_s": 1e-6,
+            "times_ours": 0.1,
+            "floor_percent": None,
+            "error": 1.0,
+            "yardstick": True,
+        },
+        {"variant": "wrong", "failed": "wrong is wrong"},
+    ]
+    machine = {"device": "A GPU", "torch": "2.13", "commit": "abc+", "clock": "CUDA events"}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "gpu").mkdir()
+    result = {"environment": machine, "results": [{"case": "c", "rows": rows}]}
+    (tmp_path / "gpu" / "room.json").write_text(json.dumps(result))
+    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path / "cpu")
+    monkeypatch.setattr(benchmarks, "TABLES", ())
+    head, _, line, *_, foot = benchmarks.block().splitlines()
+    assert head == "| A GPU | ours | of floor | the quickest other takes |"
+    assert line == "| c | 20 us (1e-07) | 61 % | 2x (2e-06), quick |"
+    assert foot.endswith("CUDA events, torch 2.13, commit abc.")
+
+
 def test_the_methods_page_says_what_was_measured() -> None:
     """Each table between its markers is the one that the kept results give."""
     tables = load("scripts/methods_tables.py")
