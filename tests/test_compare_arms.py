@@ -116,9 +116,11 @@ class TestGrids:
 
     def test_small_backbones(self) -> None:
         scale = Scale.of(data.load_backbone().model, 32)
-        assert scale == Scale(128, 16, 32)
+        assert scale == Scale(128, 16, 32, math.sqrt(6 / (3 * 8**2 + 128)))
         assert sorted({o["lr"] for o in ARMS["full"].grid("default", scale)}) == [6e-5, 1.8e-4, 6e-4, 1.8e-3]
-        assert sorted({o["prompts"] for o in ARMS["vpt-deep"].grid("default", scale)}) == [1, 4]
+        deep = ARMS["vpt-deep"].grid("default", scale)
+        assert sorted({o["prompts"] for o in deep}) == [1, 4]
+        assert sorted({o["lr"] for o in deep if o["optimizer"] == "adamw"}) == [0.0022, 0.0066, 0.022]
         assert Scale(tokens=4).lengths((1, 5, 10)) == [1, 2, 3], "different, however few the tokens"
 
     def test_what_arms_share(self) -> None:

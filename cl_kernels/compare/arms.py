@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from cl_kernels import methods
+from cl_kernels.nn._prompts import init_bound
 
 __all__ = ["ARMS", "Arm", "Scale", "arm_named"]
 
@@ -32,22 +33,31 @@ the official code's Kaiming-normal start (15 epochs), so a comparison without it
 
 @dataclass(frozen=True)
 class Scale:
-    """What a grid depends on: the backbone's width and number of image tokens, and the batch size."""
+    """What a grid depends on: the backbone's width, number of image tokens and bound of new prompts, the batch size."""
 
     width: int = 768
     tokens: int = 196
     batch_size: int = 64
+    bound: float = 0.0625
 
     @classmethod
     def of(cls, backbone: nn.Module, batch_size: int = 64) -> Scale:
         """Read off a timm vision transformer; ViT-B/16's numbers where it does not say."""
-        patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", cls.tokens)
-        return cls(int(getattr(backbone, "embed_dim", cls.width)), int(patches), batch_size)
+        embed = getattr(backbone, "patch_embed", None)
+        patches = getattr(embed, "num_patches", cls.tokens)
+        bound = init_bound("vpt", backbone) if hasattr(embed, "patch_size") else cls.bound
+        return cls(int(getattr(backbone, "embed_dim", cls.width)), int(patches), batch_size, bound)
 
     def weight_lrs(self, rates: Iterable[float]) -> list[float]:
         """Rates for weights of a model of width 768, for this width: an Adam step moves a feature in proportion to the
-        width, so rates grow as 768 / width; rounded to two digits."""
+        width, so rates grow as 768 / width; rounded to two digits. On 200 inverted digits the best rate was then inside
+        the grid at width 128 (0.0018 of 0.00006 to 0.0018; 0.005 lost 3 points) and 64 (0.0036; 0.01 lost 18)."""
         return [_two_digits(rate * 768 / self.width) for rate in rates]
+
+    def prompt_lrs(self, rates: Iterable[float]) -> list[float]:
+        """Rates for prompts of ViT-B/16, whose entries start within 0.0625, in proportion to where these start: a step
+        of Adam is a share of that. On inverted digits the best were 0.01 to 0.02 at width 128, 0.02 to 0.04 at 64."""
+        return [_two_digits(rate * self.bound / 0.0625) for rate in rates]
 
     def lengths(self, prompts: Iterable[int]) -> list[int]:
         """Prompt lengths for 196 tokens, as the same share of this many, at least 1 and all different."""
@@ -139,7 +149,7 @@ def _four_of_two(**values: Iterable[Any]) -> list[dict[str, Any]]:
 def _prompts(scale: Scale) -> list[dict[str, Any]]:
     """Of the document's three rates for SGD the smallest: with heads that start at class means 1.0 is too high (200
     inverted digits, 1 and 4 prompts: 88.9 and 91.8 %; at 0.1 93.8 and 93.8; AdamW at 0.01 95.3 and 94.7)."""
-    ways = [("adamw", 1e-3), ("adamw", 3e-3), ("adamw", 1e-2), ("sgd", 0.25)]
+    ways = [*(("adamw", rate) for rate in scale.prompt_lrs((1e-3, 3e-3, 1e-2))), ("sgd", 0.25)]
     grid = [
         {"prompts": count, "optimizer": optimizer, "lr": lr}
         for count in scale.lengths((10, 50))
@@ -163,8 +173,8 @@ def _published_full(scale: Scale) -> list[dict[str, Any]]:
 
 
 def _mixed(scale: Scale) -> list[dict[str, Any]]:
-    rates = zip((1e-3, 3e-3, 1e-2, 3e-3), scale.weight_lrs((1e-5, 3e-5, 1e-4, 1e-4)), strict=True)
-    pairs = [{"lr": lr, "backbone_lr": rest} for lr, rest in rates]
+    prompts, weights = scale.prompt_lrs((1e-3, 3e-3, 1e-2, 3e-3)), scale.weight_lrs((1e-5, 3e-5, 1e-4, 1e-4))
+    pairs = [{"lr": lr, "backbone_lr": rest} for lr, rest in zip(prompts, weights, strict=True)]
     grid = [{"prompts": count, **pair} for count in scale.lengths((10, 50)) for pair in pairs]
     return [grid[index] for index in _TWO_OF_FOUR]
 
@@ -175,7 +185,7 @@ def _published_mixed(scale: Scale) -> list[dict[str, Any]]:
 
 def _tuned_then_prompts(scale: Scale) -> list[dict[str, Any]]:
     first = _every(lr=scale.weight_lrs((3e-5, 1e-4)), layer_decay=(1.0, 0.75))
-    prompts = [{"prompts": scale.lengths((10,))[0], "lr": lr} for lr in (1e-3, 1e-2)]
+    prompts = [{"prompts": scale.lengths((10,))[0], "lr": lr} for lr in scale.prompt_lrs((1e-3, 1e-2))]
     return [{**after, "first": before} for before, after in product(first, prompts)]
 
 
