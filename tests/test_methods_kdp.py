@@ -72,6 +72,71 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+class TestToken:
+    """What the KD token and prompts start as, and when they train."""
+
+    def test_it_starts_as_the_class_token(self) -> None:
+        """As published both attend to the same rows, so the two features are equal until the token is trained."""
+        images, _ = TASKS[0].images()
+        for start, equal in (("class-token", True), ("uniform", False)):
+            method = student(distillation="labels", kd_init=start)
+            method.begin_task(TASKS[0])
+            found = method.model(images, train=True)
+            assert torch.allclose(found.kd, found.cls, atol=1e-5) == equal
+        prompts = student(distillation="labels", kd_init="class-token").model.kd
+        assert prompts is not None
+        assert [float(p.detach().abs().max()) for p in prompts.prompts.values()] == [0.0, 0.0]
+
+    def test_a_backbone_without_a_class_token_is_refused(self) -> None:
+        backbone = tiny_model(depth=3, class_token=False, global_pool="avg")
+        with pytest.raises(ValueError, match=r"kd_init.*class token"):
+            student(backbone=backbone, distillation="labels", kd_init="class-token")
+
+    def test_fixed_after_the_first_task(self) -> None:
+        method = student(kd_tasks="first")
+        kd = method.model.kd
+        assert kd is not None
+        before = everything(kd)
+        learn(method, TASKS[0])
+        after = everything(kd)
+        assert not same(before, after)
+        names = [name for name, _ in method.trainable_parameters()]
+        method.begin_task(TASKS[1])
+        method.begin_phase(1)
+        assert {name for name in names if name.startswith("kd.")}
+        assert not [name for name, _ in method.trainable_parameters() if name.startswith("kd.")]
+        head = everything(method.kd_heads.head(1))
+        steps(method, TASKS[1])
+        assert same(everything(kd), after)
+        assert not same(everything(method.kd_heads.head(1)), head), "the KD head goes on learning from the teacher"
+        assert all(not p.requires_grad for p in kd.parameters())
+
+    def test_a_learning_rate_of_their_own(self) -> None:
+        still, moved = student(kd_lr=0.0, lr=1e-2), student(kd_lr=1e-2, lr=0.0)
+        for method, moves in ((still, False), (moved, True)):
+            kd, pool = method.model.kd, method.model.pool
+            assert kd is not None
+            assert pool is not None
+            method.begin_task(TASKS[0])
+            method.begin_phase(1)
+            before = everything(kd), everything(pool)
+            steps(method, TASKS[0])
+            assert same(everything(kd), before[0]) != moves
+            assert same(everything(pool), before[1]) == moves
+
+    @pytest.mark.parametrize("options", [{"kd_tasks": "first"}, {"kd_lr": 1e-3, "kd_init": "class-token"}], ids=str)
+    def test_saved_in_a_later_task_it_goes_on_bit_for_bit(self, options: dict[str, Any]) -> None:
+        method = student(**options)
+        learn(method, TASKS[0])
+        method.begin_task(TASKS[1])
+        method.begin_phase(1)
+        steps(method, TASKS[1], 2)
+        other = student(**options)
+        other.load_state_dict(copy.deepcopy(method.state_dict()))
+        assert steps(method, TASKS[1]) == steps(other, TASKS[1])
+        assert same(everything(*method.modules()), everything(*other.modules()))
+
+
 class TestPhases:
     @pytest.mark.parametrize("pool", POOLS)
     @pytest.mark.parametrize("distillation", [name for name in DISTILLATIONS if name not in ("none", "labels")])
@@ -340,7 +405,8 @@ class TestWrongCalls:
         [
             {"prompt_pool": "l3p"}, {"pool_options": {"depth": 3}}, {"pool_options": {"length": 3}}, {"alpha": 1.5},
             {"distillation": "magic"}, {"kd_temperature": 0}, {"kd_temperature": float("nan")}, {"kd_length": 5},
-            {"decouple": "half"}, {"feature_weight": -1}, {"prompt_pool": "apt", "pool_options": {"size": 3}},
+            {"decouple": "half"}, {"feature_weight": -1}, {"kd_init": "noise"}, {"kd_lr": -1.0}, {"kd_lr": "fast"},
+            {"kd_tasks": "last"}, {"prompt_pool": "apt", "pool_options": {"size": 3}},
         ],
     )  # fmt: skip
     def test_options_out_of_range(self, options: dict[str, Any]) -> None:

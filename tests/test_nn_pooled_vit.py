@@ -401,6 +401,17 @@ class TestKDToken:
         with pytest.raises(ValueError, match=named):
             KDToken(**({"dim": 24, "blocks": 3, "heads": 3} | options))
 
+    def test_start_sets_the_token_and_silences_the_prompts(self) -> None:
+        kd = KDToken(24, 3, 3)
+        row = torch.arange(24.0)
+        kd.start(row)
+        assert kd.token is not None
+        assert torch.equal(kd.token[0], row)
+        assert all(not bool(prompt.any()) for prompt in kd.prompts.values())
+        with pytest.raises(ValueError, match=r"token: expected shape \(24,\), got \(1, 24\)"):
+            kd.start(row[None])
+        assert torch.equal(kd.token[0], row)
+
     def test_all_images_share_the_prompts(self) -> None:
         """PA12: the gradient is the sum over images of each one's own."""
         backbone = vit().double()

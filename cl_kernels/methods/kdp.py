@@ -26,6 +26,8 @@ from cl_kernels.ops.distillation import distillation_loss, dkd_loss
 __all__ = ["DISTILLATIONS", "KDP", "KDPOptions"]
 
 DISTILLATIONS = ("none", "labels", "logit", "decoupled", "feature", "token", "kdp")
+KD_INITS = ("uniform", "class-token")
+KD_TASKS = ("all", "first")
 _POOLS: dict[str, type[PoolOptions]] = {
     "l2p": L2POptions,
     "dualprompt": DualPromptOptions,
@@ -47,6 +49,13 @@ class KDPOptions(PoolOptions):
     * kd_temperature: T.
     * kd_length, kd_blocks: rows of a KD prompt, half keys and half values, and the blocks that may have one (None:
       all; the first never has).
+    * kd_init: of the KD token and prompts. "uniform": U[0, 1), as published. "class-token": the token starts as the
+      backbone's class token with its position, so that its feature is the class feature at the first step (with
+      decouple="none" exactly), and the prompts as zeros; a backbone without a class token is refused.
+    * kd_lr: their learning rate; None takes `lr`. Every task has the same ones, so what they learn later moves the
+      features that earlier tasks' KD heads read.
+    * kd_tasks: the tasks that train them. "all", as published, or "first": fixed after the first task, while KD heads
+      go on learning from the teacher.
     * decouple: what image rows and KD token see of each other, see `nn.KDToken`.
     """
 
@@ -57,6 +66,9 @@ class KDPOptions(PoolOptions):
     kd_temperature: float = 2.0
     kd_length: int = 6
     kd_blocks: int | None = None
+    kd_init: str = "uniform"
+    kd_lr: float | None = None
+    kd_tasks: str = "all"
     decouple: str = "none"
     feature_weight: float = 0.1
 
@@ -75,6 +87,10 @@ class KDPOptions(PoolOptions):
         ok = count(self.kd_length, 0, 4096) and self.kd_length % 2 == 0
         require("kd_length", ok, "an even int in [0, 4096], half keys and half values", self.kd_length)
         require("kd_blocks", self.kd_blocks is None or count(self.kd_blocks, 0, 4096), "None or an int", self.kd_blocks)
+        require("kd_init", self.kd_init in KD_INITS, f"one of {', '.join(KD_INITS)}", self.kd_init)
+        slow = self.kd_lr is None or number(self.kd_lr, 0.0, 1e3)
+        require("kd_lr", slow, "None or a number in [0, 1000]", self.kd_lr)
+        require("kd_tasks", self.kd_tasks in KD_TASKS, f"one of {', '.join(KD_TASKS)}", self.kd_tasks)
         require("decouple", self.decouple in DECOUPLE, f"one of {', '.join(DECOUPLE)}", self.decouple)
         fine = number(self.feature_weight, 0.0, 1e6)
         require("feature_weight", fine, "a number in [0, 1e6]", self.feature_weight)
@@ -140,6 +156,8 @@ class KDP(PoolMethod):
                 prompts=chosen.distillation != "token",
                 decouple=chosen.decouple,
             )
+            if chosen.kd_init == "class-token":
+                token.start(_class_token(backbone))
         return PooledViT(backbone, pool, token, prune=chosen.distillation != "feature")
 
     def _body(self) -> list[tuple[str, nn.Parameter]]:
@@ -147,6 +165,27 @@ class KDP(PoolMethod):
         linear = () if self.projection is None else self.projection.named_parameters()
         kd = [(f"kd.{name}", parameter) for name, parameter in token]
         return [*super()._body(), *kd, *((f"projection.{name}", parameter) for name, parameter in linear)]
+
+    def _body_groups(self, body: list[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+        """The published one group; with `kd_lr` or `kd_tasks` the KD token and prompts have their own, or none."""
+        kd = [(name, parameter) for name, parameter in body if name.startswith("kd.")]
+        if not kd or (self.options.kd_lr is None and not self._kd_fixed):
+            return super()._body_groups(body, lr)
+        groups = super()._body_groups([pair for pair in body if not pair[0].startswith("kd.")], lr)
+        if self._kd_fixed:
+            for _, parameter in kd:
+                parameter.requires_grad_(False)
+            return groups
+        return [*groups, *super()._body_groups(kd, lr if self.options.kd_lr is None else self.options.kd_lr)]
+
+    @property
+    def _kd_fixed(self) -> bool:
+        return self.options.kd_tasks == "first" and len(self.tasks) > 1
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """As every method's, without the KD token and prompts where an earlier task has fixed them."""
+        found = super().trainable_parameters()
+        return [pair for pair in found if not (self._kd_fixed and pair[0].startswith("kd."))]
 
     # The teacher ---------------------------------------------------------------------------------------------------
 
@@ -349,6 +388,17 @@ def _token(found: Pooled) -> Tensor:
     if found.kd is None:
         raise RuntimeError("kdp: the model has no KD token")
     return found.kd
+
+
+def _class_token(backbone: Any) -> Tensor:
+    """The row [D] that enters block 0 as the class token."""
+    row = getattr(backbone, "cls_token", None)
+    if row is None:
+        raise ValueError("kd_init: 'class-token' needs a backbone with a class token, and this one has none")
+    place = None if getattr(backbone, "no_embed_class", False) else getattr(backbone, "pos_embed", None)
+    first: Tensor = row.detach()[:, :1] if place is None else row.detach()[:, :1] + place.detach()[:, :1]
+    placed: Tensor = backbone.norm_pre(first)[0, 0]
+    return placed
 
 
 def _rows(backbone: Any) -> int | None:

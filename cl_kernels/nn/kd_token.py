@@ -60,6 +60,17 @@ class KDToken(nn.Module):
             {str(layer): nn.Parameter(uniform(rows, dim, generator=generator)) for layer in layers}
         )
 
+    @torch.no_grad()
+    def start(self, token: Tensor) -> None:
+        """Start the token as `token` [D], a row that the backbone knows, and the prompts as zeros: they then take a
+        share of the attention and add nothing to it. Raises `ValueError` for another width."""
+        if token.shape != (self.dim,):
+            raise ValueError(f"token: expected shape ({self.dim},), got {tuple(token.shape)}")
+        if self.token is not None:
+            self.token.copy_(token)
+        for prompt in self.prompts.values():
+            prompt.zero_()
+
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys and values [1, H, length / 2, dh] of block `layer`, or None."""
         if str(layer) not in self.prompts:
