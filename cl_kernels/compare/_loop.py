@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_kernels.compare._footprint import Footprint
 from cl_kernels.continual import seeds
@@ -17,7 +17,7 @@ from cl_kernels.continual.feed import augment
 from cl_kernels.errors import NonFiniteError
 from cl_kernels.methods import Method
 
-__all__ = ["Batch", "Loop", "Stopped", "log_probabilities"]
+__all__ = ["PREDICT", "Batch", "Loop", "Settings", "Stopped", "check_data", "log_probabilities"]
 
 Batch = tuple[Tensor, Tensor]
 PREDICT = 250  # images of a batch without gradient
@@ -58,6 +58,29 @@ class Settings:
     seed: int
     augment: str = "none"
     deadline: Callable[[], bool] | None = None
+
+
+def check_data(
+    training: Batch, validation: Batch | None, test_images: Tensor | None, settings: Settings, features_too: bool
+) -> None:
+    """Raise `ValueError` for numbers out of range, and for images and labels that do not fit each other."""
+    s = settings
+    for name, value, low in (("classes", s.classes, 2), ("epochs", s.epochs, 1), ("batch_size", s.batch_size, 1)):
+        if value < low:
+            raise ValueError(f"{name}: expected at least {low}, got {value}")
+    allowed = (2, 4) if features_too and s.augment == "none" else (4,)
+    pairs = {"": training} | ({} if validation is None else {"validation ": validation})
+    for what, (images, labels) in pairs.items():
+        if images.ndim not in allowed or not images.is_floating_point() or not len(images):
+            raise ValueError(f"{what}images: expected floats [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"{what}labels: expected int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= s.classes:
+            raise ValueError(f"{what}labels: expected 0 to {s.classes - 1}, got {low} to {high}")
+    wanted = tuple(training[0].shape[1:])
+    if test_images is not None and test_images.shape[1:] != wanted:
+        raise ValueError(f"test_images: expected the shape of images [N, {wanted}], got {tuple(test_images.shape)}")
 
 
 @dataclass
@@ -108,7 +131,7 @@ class Loop:
         self.rates.append(float(scheduler.get_last_lr()[0]))
         optimizer.zero_grad(set_to_none=True)
         if self.footprint is None:
-            self.footprint = Footprint(_modules(self.method), images.device)
+            self.footprint = Footprint(self.method.modules(), images.device)
             with self.footprint.watching():
                 loss = self.method.loss((images, labels))
         else:
@@ -117,10 +140,6 @@ class Loop:
         optimizer.step()
         scheduler.step()
         return loss.detach()
-
-
-def _modules(method: Method) -> list[nn.Module]:
-    return method.modules()
 
 
 def _finite(loss: float, epoch: int) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_kernels import methods
-from cl_kernels.compare._loop import PREDICT, Batch, Loop, Settings, Stopped, log_probabilities
+from cl_kernels.compare._loop import PREDICT, Batch, Loop, Settings, Stopped, check_data, log_probabilities
 from cl_kernels.compare.arms import Arm, arm_named
 from cl_kernels.continual import seeds
 from cl_kernels.errors import NonFiniteError
@@ -41,7 +41,7 @@ class Trial:
     * seconds: "total"; "train" and "evaluate"; "epoch", the median of training one; "to_best", until the best epoch.
     * peak_bytes: see `Footprint`; trainable_parameters; stored_bytes: of what a task adds to the backbone.
     * digests: sha256 of the "backbone" as given and "after" training, and of "trained", all that has trained.
-    * method: the trained method, as after the last epoch; use `at_best` for the other.
+    * method: the trained method, as after the last epoch.
     """
 
     arm: str
@@ -111,7 +111,8 @@ def train_trial(
     for options, shapes and numbers that do not fit. Cost: forward and backward passes of `epochs` x N images.
     """
     chosen = arm_named(arm)
-    _check(chosen, images, labels, classes, epochs, batch_size, validation, test_images, augment)
+    settings = Settings(classes, epochs, batch_size, seed, augment, deadline)
+    check_data((images, labels), validation, test_images, settings, chosen.frozen_features)
     chosen.check(options)
     trial = Trial(chosen.name, chosen.method, chosen.method_options(options), seed, epochs)
     started = time.perf_counter()
@@ -119,7 +120,6 @@ def train_trial(
     if hasattr(model, "reset_classifier"):
         model.reset_classifier(0)
     device, trial.digests["backbone"] = next(model.parameters()).device, digest_of(plain_state(model))
-    settings = Settings(classes, epochs, batch_size, seed, augment, deadline)
     with seeds.seeded(seed, device, None):
         if chosen.first is not None:
             before = arm_named(chosen.first)
@@ -130,27 +130,6 @@ def train_trial(
             _Run(trial, model, (images, labels), settings).execute(validation, test_images, test_every, on_epoch)
     trial.seconds["total"] = time.perf_counter() - started
     return trial
-
-
-def _check(
-    arm: Arm, images: Tensor, labels: Tensor, classes: int, epochs: int, batch_size: int,
-    validation: Batch | None, test_images: Tensor | None, augment: str,
-) -> None:  # fmt: skip
-    for name, value, low in (("classes", classes, 2), ("epochs", epochs, 1), ("batch_size", batch_size, 1)):
-        if value < low:
-            raise ValueError(f"{name}: expected at least {low}, got {value}")
-    allowed = (2, 4) if arm.frozen_features and augment == "none" else (4,)
-    pairs = {"": (images, labels)} | ({} if validation is None else {"validation ": validation})
-    for what, (some, those) in pairs.items():
-        if some.ndim not in allowed or not some.is_floating_point() or not len(some):
-            raise ValueError(f"{what}images: expected floats [N, C, H, W], got {some.dtype} {tuple(some.shape)}")
-        if those.shape != some.shape[:1] or those.dtype != torch.int64:
-            raise ValueError(f"{what}labels: expected int64 [{len(some)}], got {those.dtype} {tuple(those.shape)}")
-        if int(those.min()) < 0 or int(those.max()) >= classes:
-            raise ValueError(f"{what}labels: expected 0 to {classes - 1}, got {int(those.min())} to {int(those.max())}")
-    if test_images is not None and test_images.shape[1:] != images.shape[1:]:
-        shape = tuple(test_images.shape)
-        raise ValueError(f"test_images: expected the shape of images {tuple(images.shape)} but for N, got {shape}")
 
 
 class _Run:
