@@ -370,6 +370,7 @@ def test_a_real_run_says_what_its_results_say(reports: dict[str, Path], open_pag
     found = json.loads((path.parent / "results.json").read_text())
     page = open_page(path)
     told = text_of(page)
+    assert page.evaluate(CROSSED) == []
     assert found["decision"]["sentence"] in told
     assert f"{found['data']['train']['n']:,} training images" in told
     for one in found["decision"]["accuracy"]:

@@ -7,6 +7,7 @@ but its own, allowed by its hash, no font, no file beside it.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -25,7 +26,7 @@ LIGHT = ("#0a4590", "#a03c00", "#0e9f74", "#d44fae", "#a08a10", "#3c4046", "#2a8
 DARK = ("#3f9cf5", "#d9622b", "#4de8ac", "#e89be2", "#e8d84a", "#858a91", "#c3e2f5", "#8a5cf0")
 
 
-def render(folder: Path, template: str, /, *, autoescape: bool = True, script: str = "", **values: Any) -> str:
+def render(folder: Path, template: str, /, *, script: str = "", **values: Any) -> str:
     """`template` of `folder` as text; it may extend or include what lies in `TEMPLATES`.
 
     Every value is escaped unless the template says otherwise, and a name the template uses and `values` lacks raises.
@@ -35,14 +36,20 @@ def render(folder: Path, template: str, /, *, autoescape: bool = True, script: s
         raise BackendUnavailableError(
             'the report needs jinja2, which torch brings along: pip install "cl-kernels[cli]"'
         )
+    allowed = script_hash(script) if script else ""
+    text: str = _environment(folder).get_template(template).render(script=script, script_hash=allowed, **values)
+    return text
+
+
+@functools.cache
+def _environment(folder: Path) -> Any:
+    """Where templates are looked for; it keeps them compiled."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, TEMPLATES]), autoescape=autoescape, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, TEMPLATES]), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    allowed = script_hash(script) if script else ""
-    return environment.get_template(template).render(script=script, script_hash=allowed, **values)
 
 
 def script_hash(script: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -150,12 +151,19 @@ def _chart(
     return Chart(
         caption,
         draw(
-            series, x=log_axis([one.marks[0].x for one in series], title, text), y=share_axis(held, "Accuracy (%)"),
-            key=f"{key}-chart", title=f"Scatter plot. {caption}. {told}.",
+            series, x=log_axis([one.marks[0].x for one in series], title, _tick_text(text)),
+            y=share_axis(held, "Accuracy (%)"), key=f"{key}-chart", title=f"Scatter plot. {caption}. {told}.",
         ),
         [swatch(one) for one in series],
         Table(f"Accuracy (%) and {words}", "Arm", [title, "Accuracy (%)"], lines, fold="The numbers behind this chart"),
     )  # fmt: skip
+
+
+def _tick_text(text: Callable[[float | None], str]) -> Callable[[float], str]:
+    """Powers of ten without zeros that say nothing: 10 kB, not 10.0 kB; seconds as a number, never as minutes."""
+    if text is n.seconds:
+        return lambda value: f"{value:g}"
+    return lambda value: re.sub(r"\.0+(?= )", "", text(value))
 
 
 def _best(values: Sequence[float | None], *, higher: bool) -> float | None:

@@ -80,8 +80,9 @@ def weights(results: Results, arms: Arms) -> Section:
     if not given:
         return Section("weights", title, [Note("No weights were kept; what is missing, below, says why.")])
     rows = [Row(arms.title(name), [str(entry["file"])]) for name, entry in given.items()]
-    named = str((results.get("decision") or {}).get("arm") or "")
-    first = named if named in given else next(iter(given))
+    decision: Mapping[str, Any] = results.get("decision") or {}
+    wanted = [str(decision.get(name)) for name in ("arm", "prompts_arm")]
+    first = next((name for name in wanted if name in given), next(iter(given)))
     return Section(
         "weights",
         title,

@@ -223,7 +223,8 @@ def _band(one: Series, x: Axis, y: Axis) -> str:
         return ""
     upper = [_xy(x, y, at, high) for at, _, high in held]
     lower = [_xy(x, y, at, low) for at, low, _ in reversed(held)]
-    return f'<path class="band {_colour(one)}" d="{_path([*upper, *lower])}Z"/>'
+    strong = " strong" if one.strong else ""
+    return f'<path class="band {_colour(one)}{strong}" d="{_path([*upper, *lower])}Z"/>'
 
 
 def _span(span: Span, x: Axis, y: Axis) -> str:
