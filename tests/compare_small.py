@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,14 +37,22 @@ def small_config(out: Path | str, **changes: Any) -> CompareConfig:
     return CompareConfig(**{**values, "out": out, **changes})
 
 
-def run_small(out: Path | str, data: image_data.ImageData | None = None, **changes: Any) -> dict[str, Any]:
-    """Compare, and note in `out` which trials were trained; the clock is the processor's, so load changes no plan."""
-    folder = Path(out)
+def run_small(
+    out: Path | str, data: image_data.ImageData | None = None, *, kill: tuple[int, float] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Compare, and note in `out` which trials were trained; the clock is the processor's, so load changes no plan.
+
+    `kill`: the process is ended by SIGKILL so many seconds after so many trials were begun."""
+    folder, begun = Path(out), 0
     train = runner.train_trial
 
     def noting(*args: Any, **options: Any) -> Any:
+        nonlocal begun
         with (folder / TRAINED).open("a") as file:
             file.write("trial\n")
+        begun += 1
+        if kill is not None and begun == kill[0]:
+            threading.Timer(kill[1], os.kill, (os.getpid(), signal.SIGKILL)).start()
         return train(*args, **options)
 
     runner.train_trial = noting

@@ -10,7 +10,7 @@ import pytest
 
 from cl_kernels.compare.decision import AGREE, REDRAWS, Outcomes, decide, verdict_at
 from cl_kernels.compare.prior import prior
-from cl_kernels.compare.words import break_tie, explain
+from cl_kernels.compare.words import break_tie, explain, withhold_where_underfit
 
 SIZES = (50, 100, 200, 400, 800, 1347)
 TITLES = {"vpt-deep": "VPT-deep", "full": "Full fine-tuning", "lora": "LoRA"}
@@ -163,6 +163,33 @@ def test_ragged_draws_and_few_sizes_are_taken() -> None:
     assert found["2x"]["verdict"] == "too-close", "a line through two sizes supports nothing beyond them"
     same = {arm: {size: np.ones((2, 30)) for size in SIZES} for arm in ("vpt-deep", "full")}
     assert decide(Outcomes(same, "vpt-deep"), SIZES[-1], draws=400)["verdict"] == "too-close"
+
+
+def test_what_is_beyond_the_runs_is_not_decided_against_what_was_measured() -> None:
+    """A steep line gives the last size no verdict, four times as far a clear one: for what one has it is too close."""
+    world = outcomes(0, gap=-0.1, slope=-0.45, noise=0.05)
+    known = decide(world, SIZES[-1], draws=400)["at"]
+    beyond = decide(world, 4 * SIZES[-1], draws=400)["at"]["1x"]
+    assert known["1x"]["verdict"] == "too-close"
+    assert beyond["high"] < 0
+    assert beyond["verdict"] == "too-close"
+
+
+def test_no_verdict_against_full_fine_tuning_that_has_not_fitted_its_training_images() -> None:
+    for losses, verdict in (
+        ({"vpt-deep": 0.03, "full": 0.77}, "too-close"),
+        ({"vpt-deep": 0.03, "full": 0.05}, "prompts"),
+        ({"vpt-deep": 0.6, "full": 0.9}, "prompts"),
+        ({"vpt-deep": 0.03}, "prompts"),
+    ):
+        decision = decided(gap=1.5)
+        withhold_where_underfit(decision, losses)
+        assert decision["verdict"] == verdict, losses
+        explain(decision, TITLES, images=SIZES[-1], facts=facts())
+        assert any("withheld" in reason for reason in decision["reasons"]) is (verdict == "too-close")
+    full = decided(gap=-1.5)
+    withhold_where_underfit(full, {"vpt-deep": 0.9, "full": 0.01})
+    assert full["verdict"] == "full", "prompts may lack the capacity"
 
 
 def decided(**world: Any) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from cl_kernels.compare.planner import (
     Plan,
     Rates,
     batch_size,
+    cost_of_cell,
     cost_of_sweep,
     cost_of_tuning,
+    fits,
     make_plan,
     rungs,
-    trim,
 )
 
 ARMS = ("vpt-deep", "full", "linear")
@@ -134,28 +135,22 @@ def test_halving_ends_with_two_at_the_full_number_of_epochs(trials: int) -> None
     assert rungs(8, 1)[0] == (8, 1)
 
 
-def test_whole_cells_are_dropped_and_two_draws_of_the_largest_size_stay() -> None:
-    made = plan(2000)
-    costs = [cost_of_sweep(trim(made, rates(), ARMS, 0, seconds), rates(), ARMS) for seconds in (1e9, 300, 100, 30, 1)]
-    assert costs == sorted(costs, reverse=True)
-    assert trim(made, rates(), ARMS, 0, 1e9) == made
-    for seconds in (300, 100, 30, 1):
-        shorter = trim(made, rates(), ARMS, 0, seconds)
-        kept = {size: {draw for at, draw in shorter.cells if at == size} for size, _ in shorter.cells}
-        assert all(draws >= {0, 1} for draws in kept.values()), "a size is kept with two draws or not at all"
-        assert SIZES[-1] in kept
-        assert len(kept) >= 3
-        assert len(shorter.cells) + len(shorter.dropped) == len(made.cells)
+def test_any_beginning_of_the_cells_spans_the_sizes() -> None:
+    made = plan(4000)
+    assert made.sizes == SIZES
+    assert made.cells[:4] == [(1347, 0), (1347, 1), (50, 0), (50, 1)]
+    assert made.cells[4][0] in (200, 400)
+    assert {draw for _, draw in made.cells[: 2 * len(SIZES)]} == {0, 1}, "third draws come last"
+    assert len(set(made.cells)) == len(made.cells) == 3 * len(SIZES)
 
 
-def test_what_has_been_run_is_never_dropped() -> None:
-    made = plan(2000)
-    shorter = trim(made, rates(), ARMS, 5, 0.0)
-    assert shorter.cells[:5] == made.cells[:5]
-
-
-def test_the_first_cells_are_two_draws_of_the_largest_size() -> None:
-    assert plan(1000).cells[:2] == [(1347, 0), (1347, 1)]
+def test_a_first_draw_needs_time_for_the_second_too() -> None:
+    made = plan(1000)
+    price = cost_of_cell(made, rates(), ARMS, 200)
+    assert fits(made, rates(), ARMS, (200, 1), 1.1 * price)
+    assert not fits(made, rates(), ARMS, (200, 0), 1.1 * price)
+    assert fits(made, rates(), ARMS, (200, 0), 2.1 * price)
+    assert not fits(made, rates(), ARMS, (200, 2), 0.9 * price)
 
 
 def test_a_plan_survives_json() -> None:

@@ -51,6 +51,8 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
         agreeing = _agreement(column[:REDRAWS], verdict)
         if agreeing < AGREE or (not measured and len(sizes) < 3):  # a line through two points cannot miss them
             verdict = CLOSE
+        if times == 1 and not measured and verdict_at(float(gaps.mean[-1]), gaps.draws[:, -1])[0] != verdict:
+            verdict = CLOSE  # what one has is not decided by the line alone, against what was measured nearest to it
         at[name] = {
             "size": size, "verdict": verdict, "gap": mean, "low": low, "high": high,
             "extrapolated": not measured, "agreeing": agreeing,

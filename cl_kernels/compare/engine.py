@@ -17,7 +17,7 @@ from cl_kernels import data as image_data
 from cl_kernels.compare import evidence, finish
 from cl_kernels.compare.cache import Budget, Cache, opened
 from cl_kernels.compare.config import CompareConfig, describe_seconds
-from cl_kernels.compare.planner import BudgetError, Plan, Rates, cost_of_cell, make_plan, trim
+from cl_kernels.compare.planner import BudgetError, Plan, Rates, cost_of_cell, fits, make_plan
 from cl_kernels.compare.progress import Silent
 from cl_kernels.compare.report import write_report
 from cl_kernels.compare.runner import OutOfTime, Runner
@@ -44,6 +44,7 @@ class Work:
     progress: Silent
     rates: Rates = field(default_factory=lambda: Rates.none())
     missing: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     models: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,7 +98,7 @@ def _run(work: Work) -> dict[str, Any]:
     plan = _planned(work)
     with work.budget.stage("reading images"):
         session.load(plan.sizes[-1], plan.seeds)
-    tuned, runs, plan = _trained(work, plan)
+    tuned, runs = _trained(work, plan)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "settings": session.config.settings(),
@@ -125,54 +126,47 @@ def _planned(work: Work) -> Plan:
         seconds=session.config.seconds, spent=budget.spent(), reserve=finish.reserve(work),
         seeds=session.config.seeds, most_trials=most, quick=session.config.quick,
     )  # fmt: skip
-    _keep_plan(work, plan)
+    value = {"plan": plan.as_dict(), "rates": work.rates.as_dict()}
+    work.cache.put("plan", "", value, spent=budget.spent(), stages=budget.stages)
     work.progress.line(f"plan for {describe_seconds(session.config.seconds)}: {plan.text()}")
     return plan
 
 
-def _keep_plan(work: Work, plan: Plan) -> None:
-    value = {"plan": plan.as_dict(), "rates": work.rates.as_dict()}
-    work.cache.put("plan", "", value, spent=work.budget.spent(), stages=work.budget.stages)
-
-
-def _trained(work: Work, plan: Plan) -> tuple[dict[str, Tuned], list[Run], Plan]:
+def _trained(work: Work, plan: Plan) -> tuple[dict[str, Tuned], list[Run]]:
     """Tuning and the size sweep, cut down evenly where the machine is slower than it was."""
     session, budget = work.session, work.budget
     reserve = finish.reserve(work)
     runner = Runner(session, work.cache, budget, work.rates, reserve)
     with budget.stage("tuning"):
-        least = sum(cost_of_cell(plan, work.rates, work.names, size) for size, seed in plan.cells if seed < 2)
+        least = sum(cost_of_cell(plan, work.rates, work.names, size) for size, _ in plan.cells[:6])  # three sizes
         runner.on_trial = lambda arm, detail: work.progress.now("tuning", detail=f"{arm}: {detail}", left=budget.left())
         tuned = tune(runner, session.arms, plan, least)
-    runs: list[Run] = []
     with budget.stage("size sweep"):
-        done = 0
-        while done < len(plan.cells):
-            cell = plan.cells[done]
-            if not cell_is_cached(work, runner, plan, tuned, *cell):
-                shorter = trim(plan, work.rates, work.names, done, budget.left() - reserve)
-                if len(shorter.cells) < len(plan.cells):
-                    plan = shorter
-                    _keep_plan(work, plan)
-                    work.progress.line(f"slower than planned: dropped {', '.join(plan.dropped)} for every arm")
-                    continue
-            total = len(plan.cells) * len(session.arms)
-            count = done * len(session.arms)
-            where = f"size {cell[0]}, draw {cell[1] + 1}"
-
-            def told(arm: str, detail: str, count: int = count, total: int = total, where: str = where) -> None:
-                work.progress.now("size sweep", count, total, f"{arm}: {where}", budget.left())
-
-            runner.on_trial = told
-            try:
-                runs += run_cell(work, runner, plan, tuned, *cell)
-            except OutOfTime:
-                left = ", ".join(f"size {size}, draw {seed + 1}" for size, seed in plan.cells[done:])
-                work.missing.append(f"{left}: the budget ended before every arm was through")
-                break
-            done += 1
+        runs = [run for place in range(len(plan.cells)) for run in _cell(work, runner, plan, tuned, place)]
     _check_enough(work, plan, runs)
-    return tuned, runs, plan
+    return tuned, runs
+
+
+def _cell(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tuned], place: int) -> list[Run]:
+    """One cell of the plan, or nothing where it does not fit into the time that is left: for all arms alike.
+
+    What was left out is remembered, so that a resumed run leaves it out too."""
+    size, draw = cell = plan.cells[place]
+    key, told, count = {"size": size, "draw": draw}, f"size {size}, draw {draw + 1}", len(work.names)
+
+    def shown(arm: str, detail: str) -> None:
+        work.progress.now("size sweep", place * count, len(plan.cells) * count, f"{arm}: {told}", work.budget.left())
+
+    runner.on_trial = shown
+    if work.cache.get("skipped", key) is None:
+        left = work.budget.left() - runner.reserve
+        if cell_is_cached(work, runner, plan, tuned, size, draw) or fits(plan, work.rates, work.names, cell, left):
+            with contextlib.suppress(OutOfTime):
+                return run_cell(work, runner, plan, tuned, size, draw)
+        work.cache.put("skipped", key, {}, spent=work.budget.spent(), stages=work.budget.stages)
+        work.progress.line(f"left out for every arm, as no time is left for it: {told}")
+    work.skipped.append(told)
+    return []
 
 
 def _check_enough(work: Work, plan: Plan, runs: list[Run]) -> None:

@@ -18,8 +18,8 @@ from cl_kernels.compare.decision import Outcomes, decide
 from cl_kernels.compare.planner import Plan
 from cl_kernels.compare.prior import prior
 from cl_kernels.compare.sweep import Run, weights_file
-from cl_kernels.compare.tuning import RULE, Tuned, at_the_edge, order
-from cl_kernels.compare.words import break_tie, explain
+from cl_kernels.compare.tuning import RULE, Tuned, at_the_edge, ranked_by_rule
+from cl_kernels.compare.words import break_tie, explain, withhold_where_underfit
 from cl_kernels.continual import Deployed, load_model
 from cl_kernels.continual.latency import CALLS, WARM_UP
 from cl_kernels.errors import CheckpointError
@@ -84,14 +84,14 @@ def finished(
             arm: {"file": weights_file(arm), "loader": LOADER.format(weights_file(arm))}
             for arm in work.names if (session.config.folder / weights_file(arm)).exists()
         },
-        "missing": [*session.notes, *work.missing, *_dropped(plan), *_busy()],
+        "missing": [*session.notes, *work.missing, *_dropped(work, plan), *_busy()],
     }  # fmt: skip
 
 
-def _dropped(plan: Plan) -> list[str]:
+def _dropped(work: Work, plan: Plan) -> list[str]:
     found = []
-    if plan.dropped:
-        found.append(f"dropped for every arm, as the machine was slower than planned for: {', '.join(plan.dropped)}")
+    if work.skipped:
+        found.append(f"left out for every arm, as the machine was slower than planned for: {'; '.join(work.skipped)}")
     if plan.sizes[-1] < plan.images:
         found.append(f"training with more than {plan.sizes[-1]} of {plan.images} images: the budget did not reach")
     return found
@@ -112,7 +112,8 @@ def _chosen(work: Work, plan: Plan, tuned: Mapping[str, Tuned]) -> tuple[str, st
     """(prompt arm, best of the rest besides full) by the validation of the largest tuned size."""
 
     def best(names: Sequence[str]) -> str | None:
-        return min(names, key=lambda name: order(tuned[name].entry(plan.sizes[-1])), default=None)
+        entries = [dict(tuned[name].entry(plan.sizes[-1]), arm=name) for name in names]
+        return str(ranked_by_rule(entries)[0]["arm"]) if entries else None
 
     prompts = best([name for name in work.names if name in PROMPT_ARMS])
     if prompts is None:
@@ -135,6 +136,7 @@ def _decision(
         for arm in work.names
     }
     decision = decide(Outcomes(hits, chosen[0], "full", chosen[1]), session.size, seed=session.config.seed)
+    withhold_where_underfit(decision, _last_losses(runs, max(whole)))
     decision["prior"] = prior(session.config.backbone, session.size)
     break_tie(decision, costs, session.config.prefer)
     titles = {arm.name: arm.title for arm in session.arms}
@@ -152,6 +154,15 @@ def _decision(
     }
     explain(decision, titles, images=session.size, facts=facts)
     return decision
+
+
+def _last_losses(runs: Sequence[Run], size: int) -> dict[str, float]:
+    """The mean training loss of each arm in its last epoch at `size`."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if run.size == size:
+            found.setdefault(run.arm, []).append(float(run.record["curve"][-1]["train_loss"]))
+    return {arm: sum(losses) / len(losses) for arm, losses in found.items()}
 
 
 def _models(work: Work) -> dict[str, Deployed]:

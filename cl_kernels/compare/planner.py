@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_kernels.compare.config import describe_seconds
 
-__all__ = ["BudgetError", "Plan", "Rates", "batch_size", "cost_of_rung", "make_plan", "rungs", "trim"]
+__all__ = ["BudgetError", "Plan", "Rates", "batch_size", "cost_of_rung", "fits", "make_plan", "rungs"]
 
 EPOCHS = (100, 70, 50, 40, 30, 25, 20, 16, 12, 10, 8, 6, 5, 4, 3)
 ENOUGH = 10  # epochs at the largest size, below which every arm is cut short
@@ -83,7 +83,6 @@ class Plan:
     images: int  # all training images there are
     tested: int
     cells: list[tuple[int, int]] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -167,10 +166,10 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """The richest plan that fits into `seconds` beside what is spent and reserved.
 
-    Richness counts in doublings: epochs twice up to `ENOUGH` and once up to 40, seeds once, trials half, sizes a fifth
-    each; a largest size below `images` costs two for each halving, since the verdict there is then extrapolated.
-    Raises `BudgetError` naming the smallest budget that can decide: four sizes (or as many as there are), two seeds,
-    two trials, three epochs.
+    Richness counts in doublings: epochs twice up to `ENOUGH` and once up to 40, seeds once, trials one and a half times
+    up to 4 and half beyond, sizes a fifth each; a largest size below `images` costs two for each halving, since the
+    verdict there is then extrapolated. Raises `BudgetError` naming the smallest budget that can decide: four sizes (or
+    as many as there are), two seeds, two trials, three epochs.
     """
     best: tuple[float, Plan] | None = None
     cheapest = math.inf
@@ -214,11 +213,27 @@ def _candidates(
 
 
 def _order(sizes: list[int], draws: int) -> list[tuple[int, int]]:
-    """Two draws of the largest size, then of the others from the smallest on; after them the further draws: whenever
-    time runs out, what has been run can be used."""
-    by_worth = [sizes[-1], *sizes[:-1]]
+    """Two draws of the largest size, of the smallest, of the one in the middle, of those between; after them the
+    further draws. Whenever time runs out, what has been run spans all sizes and can be used."""
+    by_worth = _by_worth(sizes)
     first = [(size, draw) for size in by_worth for draw in range(min(2, draws))]
     return first + [(size, draw) for draw in range(2, draws) for size in by_worth]
+
+
+def _by_worth(sizes: list[int]) -> list[int]:
+    """The ends, then the middle of the widest stretch that is left, again and again."""
+    found = [sizes[-1], *sizes[:1]][: len(sizes)]
+    while len(found) < len(sizes):
+        known = sorted(sizes.index(size) for size in found)
+        low, high = max(itertools.pairwise(known), key=lambda pair: (pair[1] - pair[0], -pair[0]))
+        found.append(sizes[(low + high) // 2])
+    return found
+
+
+def fits(plan: Plan, rates: Rates, arms: Sequence[str], cell: tuple[int, int], seconds: float) -> bool:
+    """Whether a cell can be run in `seconds`; of the first two draws, which are of use together only, both."""
+    size, draw = cell
+    return cost_of_cell(plan, rates, arms, size) * (2 if draw == 0 else 1) <= seconds
 
 
 def _anchor_choices(sizes: list[int]) -> list[list[int]]:
@@ -235,38 +250,7 @@ def _spread(sizes: list[int], count: int) -> list[int]:
 
 def _richness(plan: Plan) -> float:
     value = math.log2(min(plan.epochs, ENOUGH)) + math.log2(min(plan.epochs, 40)) + 0.1 * math.log2(plan.epochs)
-    value += math.log2(plan.seeds) + 0.5 * math.log2(plan.trials) + 0.2 * len(plan.sizes)
+    value += math.log2(plan.seeds) + 0.5 * math.log2(plan.trials) + math.log2(min(plan.trials, 4))
+    value += 0.2 * len(plan.sizes)
     value -= 2.0 * math.log2(plan.images / plan.sizes[-1])
     return value - 0.75 * math.log2(plan.sizes[-1] / plan.anchors[-1])
-
-
-def trim(plan: Plan, rates: Rates, arms: Sequence[str], done: int, seconds: float) -> Plan:
-    """The plan with so many of its cells after the first `done` dropped that the rest fits into `seconds`.
-
-    Whole cells go, for all arms alike: those of the last seed first, its sizes in the middle before the largest, down
-    to two seeds; then sizes in the middle, down to three. What is left after that stays, whether it fits or not.
-    """
-    kept, pending = plan.cells[:done], plan.cells[done:]
-    dropped: list[tuple[int, int]] = []
-    while pending and cost_of_sweep(plan, rates, arms, pending) > seconds:
-        victims = _victims(plan, kept, pending)
-        if not victims:
-            break
-        pending = [cell for cell in pending if cell not in victims]
-        dropped += victims
-    told = [f"size {size}, draw {seed + 1}" for size, seed in dropped]
-    return dataclasses.replace(plan, cells=kept + pending, dropped=[*plan.dropped, *told])
-
-
-def _victims(plan: Plan, kept: list[tuple[int, int]], pending: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The cells that are missed least."""
-    largest = plan.sizes[-1]
-    spare = [cell for cell in pending if cell[1] >= 2]
-    if spare:
-        last = max(seed for _, seed in spare)
-        return [max((cell for cell in spare if cell[1] == last), key=lambda cell: (cell[0] != largest, cell[0]))]
-    begun = {size for size, _ in kept}
-    middle = sorted({size for size, _ in pending} - {plan.sizes[0], largest} - begun)
-    if middle and len({size for size, _ in (*kept, *pending)}) > 3:
-        return [cell for cell in pending if cell[0] == middle[-1]]
-    return []

@@ -7,8 +7,9 @@ from typing import Any
 
 from cl_kernels.compare.decision import CLOSE, FULL, OTHER, PROMPTS
 
-__all__ = ["break_tie", "explain"]
+__all__ = ["break_tie", "explain", "withhold_where_underfit"]
 
+UNDERFIT = 0.1  # training loss in nats
 PREFER_MARGIN = 0.03  # of accuracy that an arm may stay behind, by the interval, and still win a tie on costs
 
 
@@ -33,6 +34,21 @@ def break_tie(decision: dict[str, Any], cost: Sequence[Mapping[str, Any]], prefe
     decision["tie"] = {"prefer": prefer, "broken": True, "side": cheaper, "at_risk": at_risk}
     decision["verdict"], decision["arm"] = cheaper, sides[cheaper]
     now["verdict"] = cheaper
+
+
+def withhold_where_underfit(decision: dict[str, Any], losses: Mapping[str, float]) -> None:
+    """Take back a verdict for prompts where full fine-tuning has not fitted its own training images as well.
+
+    It can do all that prompts can; where its training loss is above 0.1 and twice that of the winner, too few epochs or
+    the settings that were tried are to blame, and more budget may turn the verdict."""
+    winner = decision["arm"]
+    if decision["verdict"] not in (PROMPTS, OTHER) or winner in (None, "ftp") or not {winner, "full"} <= losses.keys():
+        return
+    if losses["full"] <= max(UNDERFIT, 2 * losses[winner]):
+        return
+    decision["underfit"] = {"full": losses["full"], "winner": losses[winner], "withheld": decision["verdict"]}
+    decision["verdict"], decision["arm"] = CLOSE, None
+    decision["at"]["1x"]["verdict"] = CLOSE
 
 
 def explain(decision: dict[str, Any], titles: Mapping[str, str], *, images: int, facts: Mapping[str, Any]) -> None:
@@ -92,6 +108,11 @@ def _reasons(
     ]
     if now["agreeing"] < decision["rule"]["agree"]:
         found.append(f"Only {now['agreeing']} of 20 re-draws of images and training sets name the same winner.")
+    if underfit := decision.get("underfit"):
+        found.append(
+            f"A verdict against full fine-tuning is withheld: its training loss is still {underfit['full']:.2f} (the "
+            f"leading arm's is {underfit['winner']:.2f}), so it had too few epochs or settings in this budget."
+        )
     if now["extrapolated"] and len({size for _, size in accuracy}) < 3:
         found.append("Fewer than three sizes were trained: a line through two says nothing of sizes beyond them.")
     tie = decision.get("tie")
@@ -161,6 +182,10 @@ def _changes(
     if crossing["size"] is not None:
         side = "more" if crossing["size"] > images else "fewer"
         found.append(f"{side.capitalize()} images than about {crossing['size']}: the two change places there.")
+    if decision.get("underfit"):
+        found.append(
+            "A larger budget: with more epochs full fine-tuning may catch up, or the verdict against it stand."
+        )
     if decision["verdict"] == CLOSE:
         half = (now["high"] - now["low"]) / 2
         found.append(

@@ -1,0 +1,67 @@
+"""How settings are chosen: the rule on made-up trials, and which of a grid are tried."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from cl_kernels.compare.arms import ARMS
+from cl_kernels.compare.tuning import at_the_edge, candidates, describe, ranked_by_rule
+
+
+def entry(accuracy: float | None, loss: float | None, lr: float, images: int = 60) -> dict[str, Any]:
+    return {
+        "options": {"lr": lr}, "validation_accuracy": accuracy, "validation_loss": loss, "validation_images": images,
+    }  # fmt: skip
+
+
+def order(*entries: dict[str, Any]) -> list[float]:
+    found = {tuple(one["options"]["lr"] for one in ranked_by_rule(list(turn))) for turn in turns(entries)}
+    assert len(found) == 1, "the rule does not depend on the order of the trials"
+    return list(found.pop())
+
+
+def turns(entries: tuple[dict[str, Any], ...]) -> list[list[dict[str, Any]]]:
+    rng, made = random.Random(0), []
+    for _ in range(6):
+        turn = list(entries)
+        rng.shuffle(turn)
+        made.append(turn)
+    return made
+
+
+def test_the_least_loss_among_accuracies_that_cannot_be_told_apart() -> None:
+    assert order(entry(0.933, 0.79, 1e-4), entry(0.90, 0.26, 1e-3)) == [1e-3, 1e-4]
+
+
+def test_accuracy_decides_where_it_can() -> None:
+    assert order(entry(0.93, 0.79, 1e-4), entry(0.70, 0.26, 1e-3)) == [1e-4, 1e-3]
+    assert order(entry(0.933, 0.79, 1e-4, 6000), entry(0.90, 0.26, 1e-3, 6000)) == [1e-4, 1e-3]
+
+
+def test_equals_go_to_the_smaller_learning_rate_and_failures_to_the_end() -> None:
+    assert order(entry(0.9, 0.3, 3e-3), entry(0.9, 0.3, 1e-3), entry(None, None, 1e-2)) == [1e-3, 3e-3, 1e-2]
+
+
+@pytest.mark.parametrize("arm", sorted(ARMS))
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 8, 100])
+def test_some_of_a_grid_are_different_and_take_part_of_all_of_it(arm: str, count: int) -> None:
+    grid = ARMS[arm].grid()
+    found = candidates(grid, count)
+    assert len(found) == min(count, len(grid))
+    assert all(options in grid for options in found)
+    assert all(found.count(options) == 1 for options in found)
+
+
+def test_a_rate_at_the_end_of_its_grid_is_told() -> None:
+    grid = ARMS["full"].grid()
+    rates = sorted({options["lr"] for options in grid})
+    found = [at_the_edge(grid, {"lr": lr, "layer_decay": 1.0}) for lr in rates]
+    assert found == ["lowest", None, None, "highest"]
+    assert at_the_edge(ARMS["vpt-deep"].grid(), {"optimizer": "sgd", "lr": 1.0, "prompts": 10}) is None
+
+
+def test_settings_in_words() -> None:
+    assert describe({"lr": 0.001, "prompts": 10, "first": {"lr": 1e-4}}) == 'lr 0.001, prompts 10, first {"lr": 0.0001}'
