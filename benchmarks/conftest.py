@@ -1,18 +1,20 @@
 """The same cases under pytest-benchmark: `pytest --benchmark-only benchmarks/`, a test for each variant of each case.
 
-An output that is wrong fails its test before anything is timed. `--bench-quick` takes tiny shapes, `--bench-all` every
+An output that is wrong fails its test before anything is timed. Process CPU time of one thread, or on a GPU wall time
+to the end of the kernels: for numbers to quote use `cl-kernels bench`, which interleaves. `--bench-quick` takes tiny shapes, `--bench-all` every
 case instead of the table's. Cases are built once to learn their variants, and again when the first of them runs.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cl_kernels.benchmarks import harness, suite
+from cl_kernels.benchmarks import cpu_timing, harness, suite
 from cl_kernels.benchmarks.options import Options
 
 
@@ -73,7 +75,8 @@ class Variant(pytest.Function):
     @classmethod
     def from_parent(cls, parent: Planned, **rest: Any) -> Variant:
         made: Variant = super().from_parent(parent, callobj=checked_and_timed, **rest)
-        made.add_marker(pytest.mark.benchmark(group=f"{parent.room}: {parent.plan.name}"))
+        timer = time.perf_counter if suite.device_of("auto") == "cuda" else cpu_timing.clock
+        made.add_marker(pytest.mark.benchmark(group=f"{parent.room}: {parent.plan.name}", timer=timer))
         return made
 
 
