@@ -47,6 +47,25 @@ def test_the_answer_comes_first_then_the_rest_in_order(verdict: str) -> None:
         assert text in words
 
 
+def test_how_sure_the_answer_is() -> None:
+    def told(verdict: str, low: float, high: float, **more: Any) -> str:
+        found = results(verdict=verdict)
+        found["decision"] |= more
+        found["decision"]["at"]["1x"] |= {"low": low, "high": high, "verdict": verdict}
+        return page_of(found).text
+
+    assert "+1.0 to +3.0 points, leaves out no difference; 20 of 20 re-draws name" in told("prompts", 0.01, 0.03)
+    assert "−1.0 to +3.0 points, includes no difference at all." in told("too-close", -0.01, 0.03)
+    words = told("prompts", -0.01, 0.03, tie={"prefer": "storage", "broken": True})
+    assert "includes no difference at all; your preference decided." in words
+    words = told("too-close", 0.01, 0.03, underfit={"full": 0.4, "winner": 0.1})
+    assert "no verdict is given: full fine-tuning had not fitted" in words
+    assert "no verdict is given: the rest of the rule" in told("too-close", 0.01, 0.03)
+    against = {name: {"gap": 0.02, "low": 0.01, "high": 0.03} for name in ("prompts", "full")}
+    words = told("other", -0.01, 0.03, other={"arm": "lora", "wins": True, "against": against})
+    assert "+1.0 to +3.0 points ahead of prompts and +1.0 to +3.0 points ahead of full fine-tuning (95 %" in words
+
+
 def test_the_page_needs_nothing_but_itself() -> None:
     text = render(results())[0]
     page = Page(text)

@@ -16,18 +16,38 @@ PLACES = ("1x", "2x", "5x")
 
 
 def confidence(arms: Arms) -> str:
-    """How sure the verdict is: its interval, and how many re-draws agree."""
-    now = _at(arms, "1x")
+    """How sure the verdict is: the interval it rests on, and how many re-draws agree, or why they were not enough."""
+    decision, now = arms.decision, _at(arms, "1x")
+    if decision.get("verdict") == "other":
+        return _ahead_of_both(arms)
     low, high = n.value_of(now, "low"), n.value_of(now, "high")
     if low is None or high is None:
         return "How sure: no interval could be computed; see what is missing, at the end."
-    held = f"the {arms.level} interval, {n.interval(n.points(low), n.points(high))} points,"
-    doubt = " includes no difference at all" if low <= 0 <= high else " leaves out no difference"
-    agreeing, redraws = n.value_of(now, "agreeing"), n.value_of(arms.decision, "rule", "redraws")
-    agree = ""
-    if agreeing is not None and redraws is not None and now.get("verdict") in ("prompts", "full"):
-        agree = f"; {n.count(agreeing)} of {n.count(redraws)} re-draws name the same winner"
-    return f"How sure: {held}{doubt}{agree}."
+    held = f"How sure: the {arms.level} interval, {n.interval(n.points(low), n.points(high))} points,"
+    tie: Mapping[str, Any] = decision.get("tie") or {}
+    if low <= 0 <= high:
+        chosen = "; your preference decided" if tie.get("broken") else ""
+        return f"{held} includes no difference at all{chosen}."
+    agreeing, redraws = (n.count(v) for v in (n.value_of(now, "agreeing"), n.value_of(decision, "rule", "redraws")))
+    if decision.get("verdict") in ("prompts", "full"):
+        agree = f"; {agreeing} of {redraws} re-draws name the same winner" if n.NONE not in (agreeing, redraws) else ""
+        return f"{held} leaves out no difference{agree}."
+    why = "the rest of the rule for a verdict is not met"
+    if decision.get("underfit"):
+        why = "full fine-tuning had not fitted its own training images yet"
+    return f"{held} leaves out no difference, but no verdict is given: {why}."
+
+
+def _ahead_of_both(arms: Arms) -> str:
+    against: Mapping[str, Any] = (arms.decision.get("other") or {}).get("against") or {}
+    told = []
+    for name, words in (("prompts", "prompts"), ("full", "full fine-tuning")):
+        low, high = (n.points(n.value_of(against, name, end)) for end in ("low", "high"))
+        if n.NONE not in (low, high):
+            told.append(f"{n.interval(low, high)} points ahead of {words}")
+    if not told:
+        return "How sure: no interval could be computed; see what is missing, at the end."
+    return f"How sure: {' and '.join(told)} ({arms.level} intervals)."
 
 
 def reasons(arms: Arms) -> list[Block]:
