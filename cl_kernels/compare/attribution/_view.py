@@ -167,7 +167,7 @@ def _of_module(model: nn.Module) -> View:
 def isolated(view: View) -> Iterator[None]:
     """Evaluation mode and normal tensors whatever the caller's mode; every module is as it was afterwards.
 
-    Gradient checkpointing is off meanwhile: it runs a block twice, and a map needs the rows of one run."""
+    Gradient checkpointing is off meanwhile: its re-entrant form would lose the graph that begins inside a block."""
     modes = {module: module.training for root in view.roots for module in root.modules()}
     recompute = getattr(view.backbone, "grad_checkpointing", None)
     try:
