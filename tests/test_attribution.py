@@ -321,7 +321,7 @@ class TestPlantedEvidence:
     @pytest.mark.parametrize("place", [0, 6, 15])
     def test_every_map_finds_the_one_patch_that_matters(self, place: int) -> None:
         model, x = planted(), marked(place)
-        assert float(model(x)[0, 1] - model(torch.zeros_like(x))[0, 1]) > 1.0
+        assert float((model(x) - model(torch.zeros_like(x)))[0, 1].detach()) > 1.0
         maps = {name: draw(model, x) for name, draw in MAPS.items()} | {"gradcam": at.gradcam(model, x, 1)}
         maps["ig"] = at.on_patches(at.integrated_gradients(model, x, 1).maps(), GRID, GRID)
         for name, found in maps.items():
@@ -372,7 +372,8 @@ class TestLeavesNoTrace:
     @pytest.mark.parametrize("kind", ["train", "inference", "no_grad", "checkpointing"])
     def test_in_every_mode_of_the_caller(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         config = pytest.importorskip("timm.layers.config", reason="timm is not installed")
-        monkeypatch.setattr(config, "_USE_REENTRANT_CKPT", True, raising=False)  # the form that older versions of timm use
+        # the form that older versions of timm use
+        monkeypatch.setattr(config, "_USE_REENTRANT_CKPT", True, raising=False)
         model, x = vit(proj_drop_rate=0.5), images(2)
         wanted = {name: draw(model, x) for name, draw in MAPS.items()}
         model.train(kind == "train")
