@@ -1,8 +1,8 @@
 """The same cases under pytest-benchmark: `pytest --benchmark-only benchmarks/`, a test for each variant of each case.
 
 An output that is wrong fails its test before anything is timed. Process CPU time of one thread, or on a GPU wall time
-to the end of the kernels: for numbers to quote use `cl-kernels bench`, which interleaves. `--bench-quick` takes tiny shapes, `--bench-all` every
-case instead of the table's. Cases are built once to learn their variants, and again when the first of them runs.
+to the end of the kernels; `cl-kernels bench` interleaves and is the one to quote. `--bench-quick` takes tiny shapes,
+`--bench-all` every case instead of the table's. Cases are built once to learn their variants, and again when they run.
 """
 
 from __future__ import annotations

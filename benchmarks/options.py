@@ -25,7 +25,9 @@ LONG_S: Final = 6 * 3600.0
 
 @dataclass(frozen=True)
 class Options:
-    """One request. `limit`: seconds for everything; `case_budget`: seconds of timing for a case."""
+    """One request. `limit`: seconds for everything; `share`: seconds that a process should take; `case_budget`: seconds
+    of timing for a case, fewer where the share asks for it.
+    """
 
     rooms: tuple[str, ...] = ()
     shape: str = ""
@@ -39,6 +41,7 @@ class Options:
     list: bool = False
     passes: int = 1
     limit: float = LONG_S
+    share: float = LONG_S
     case_budget: float = cpu_timing.BUDGET_S
     peaks: bool = True
     progress: bool = False
@@ -89,6 +92,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     made.add_argument("--budget", help="time for everything, such as 9m or 90s [9.5m for the table]")
     made.add_argument("--sweep", action="store_true", help="scaling curves, with figures in --out, not the table")
     made.add_argument("--end-to-end", action="store_true", help="what share of a ViT's training step each part costs")
+    made.add_argument("--share", type=float, default=LONG_S, help=argparse.SUPPRESS)
     made.add_argument("--no-peaks", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--progress", action="store_true", help=argparse.SUPPRESS)
     return made
@@ -113,7 +117,8 @@ def parse(words: Sequence[str], program: str = "bench") -> Options:
         dtype=DTYPES[given.dtype] if given.dtype else None, only=given.only, device=given.device, quick=given.quick,
         all=given.all, slow=given.slow, list=given.list, passes=passes, limit=limit,
         case_budget=0.15 if given.quick else cpu_timing.BUDGET_S, peaks=not (given.no_peaks or given.quick),
-        progress=given.progress, json=given.json, out=given.out, compare=given.compare, fail_above=given.fail_above,
+        progress=given.progress, share=given.share, json=given.json, out=given.out,
+        compare=given.compare, fail_above=given.fail_above,
         sweep=given.sweep, end_to_end=given.end_to_end,
     )  # fmt: skip
 

@@ -7,44 +7,41 @@ spread.py says why.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import torch
 from cl_kernels.benchmarks import comparison, cpu_timing, harness, options, records, spread
 from cl_kernels.benchmarks.options import Options, nearest
+from cl_kernels.benchmarks.selection import (
+    PACKAGE,
+    SHAPES,
+    device_of,
+    listing,
+    module_of,
+    refuse_nothing,
+    room_of,
+    rooms,
+    selected,
+    table,
+)
 
-from cl_kernels.errors import BackendUnavailableError
+__all__ = ["SHAPES", "command", "device_of", "module_of", "room_of", "rooms", "run_pass", "selected", "table"]
 
-__all__ = ["SHAPES", "command", "device_of", "room_of", "rooms", "run_pass", "selected"]
-
-HERE: Final = Path(__file__).resolve().parent
-PACKAGE: Final = "cl_kernels.benchmarks"
-#: Name -> what the name of a case of this model holds: the model's name or a width of its layers.
-SHAPES: Final = {
-    "vit-b16": r"ViT-B|(?<!\d)(768|3072)(?!\d)",
-    "vit-l16": r"ViT-L|(?<!\d)(1024|4096)(?!\d)",
-    "vit-s16": r"ViT-S|(?<!\d)(384|1536)(?!\d)",
-    "resnet50": r"ResNet-50",
-    "embedded": r"embedded|(?<!\d)128(?!\d)",
-}
 #: Seconds of a pass over the table of a room that takes more than `CASE_S` a case; the second pass knows better.
 PASS_S: Final = {
     "weight_projection": 58.0,
     "null_space": 40.0,
-    "covariance": 20.0,
-    "kdp_schedule": 16.0,
+    "covariance": 30.0,
+    "kdp_schedule": 20.0,
     "prefix_attention": 16.0,
     "lora_stack": 14.0,
 }
@@ -52,66 +49,11 @@ CASE_S: Final = 2.5
 PART_OF_BUDGET: Final = 0.6  # of a case's share of the time for its timing; the rest builds and checks it
 
 
-def rooms() -> list[str]:
-    return sorted(room_of(path.name) for path in HERE.glob("bench_*.py"))
-
-
-def room_of(file: str) -> str:
-    return Path(file).stem.removeprefix("bench_")
-
-
-def module_of(room: str) -> ModuleType:
-    if room not in rooms():
-        raise ValueError(f"unknown room {room!r}{nearest(room, rooms())}")
-    return importlib.import_module(f"{PACKAGE}.bench_{room}")
-
-
-def device_of(wanted: str) -> str:
-    """cpu or cuda. Raises `BackendUnavailableError` for a GPU that is not there."""
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise BackendUnavailableError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
-    return "cuda" if there and wanted != "cpu" else "cpu"
-
-
-def selected(room: str, given: Options, device: str) -> list[harness.Plan]:
-    """The plans of a room that the options ask for; possibly none. Nothing is built.
-
-    Filters look through the table's cases first, and through all where the table has none.
-    """
-    module = module_of(room)
-    if given.sizes:
-        custom: Callable[..., Iterable[harness.Plan]] | None = getattr(module, "custom", None)
-        return list(custom(given.sizes, given.dtype, device)) if custom else []
-    cases = getattr(module, "cuda_cases", None) if device == "cuda" else module.cases
-    if cases is None:
-        return []
-    every = [plan for plan in cases(given.quick) if given.slow or not plan.slow]
-    chosen = every if given.quick or given.all or device == "cuda" else table(module, every)
-    return _matching(room, chosen, given) or _matching(room, every, given)
-
-
-def table(module: ModuleType, plans: Sequence[harness.Plan]) -> list[harness.Plan]:
-    """The cases that `make bench` takes: those whose names begin as the room's TABLE says."""
-    return [plan for plan in plans if plan.name.startswith(tuple(module.TABLE))]
-
-
-def _matching(room: str, plans: Sequence[harness.Plan], given: Options) -> list[harness.Plan]:
-    default = getattr(module_of(room), "SHAPE", "")
-    return [
-        plan
-        for plan in plans
-        if given.only in plan.name
-        and given.dtype in (None, plan.dtype)
-        and (not given.shape or (re.search(SHAPES[given.shape], plan.name) or given.shape == default))
-    ]
-
-
 def run_pass(
     room: str, given: Options, device: str, *, say: Callable[[str], object], save: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
     """One room in this process. `say` is handed each result's lines, `save` the report after each case."""
-    end = time.monotonic() + given.limit
+    start = time.monotonic()
     threads, strict = torch.get_num_threads(), os.environ.get("CL_KERNELS_STRICT")
     torch.set_num_threads(1)
     if device == "cuda":
@@ -122,10 +64,11 @@ def run_pass(
         report["rates"][room] = asdict(rates)
         plans = selected(room, given, device)
         for index, plan in enumerate(plans):
-            left = end - time.monotonic()
-            if left < 1.0:
+            spent = time.monotonic() - start
+            if given.limit - spent < 1.0:
                 report["not_run"][f"{room}: {plan.name}"] = "not run: the time was up"
                 continue
+            left = min(given.share, given.limit) - spent
             budget = min(given.case_budget, max(0.2, PART_OF_BUDGET * left / (len(plans) - index)))
             try:
                 found = harness.measure(plan, rates, device=device, budget_s=budget, peaks=given.peaks)
@@ -163,7 +106,7 @@ def run(given: Options) -> dict[str, Any]:
     """All rooms asked for, in one pass or several; the report, saved after each step."""
     device = device_of(given.device)
     wanted = {room: selected(room, given, device) for room in given.rooms or rooms()}
-    _refuse_nothing(wanted, given, device)
+    refuse_nothing(wanted, given, device)
     wanted = {room: plans for room, plans in wanted.items() if plans}
     if not given.progress:
         _say((torch.cuda.get_device_name() if device == "cuda" else records.CPU_ONLY) + "\n")
@@ -186,7 +129,8 @@ def run(given: Options) -> dict[str, Any]:
         for place, room in enumerate(wanted):
             start = time.monotonic()
             coming = sum(list(costs.values())[place:]) + (given.passes - index - 1) * sum(costs.values())
-            found = _process(room, given, max(5.0, (end - start) * costs[room] / coming), first=index == 0)
+            share = (end - start) * costs[room] / coming
+            found = _process(room, given, share, max(5.0, min(1.5 * share + 5.0, end - start)), first=index == 0)
             costs[room] = time.monotonic() - start
             report["rates"].setdefault(room, found["rates"].get(room))
             report["not_run"] |= {name: why for name, why in found["not_run"].items() if index == 0}
@@ -207,11 +151,15 @@ def _joined(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _process(room: str, given: Options, limit: float, *, first: bool) -> dict[str, Any]:
-    """One pass over a room in a process of its own: its report, or one that says why there is none."""
+def _process(room: str, given: Options, share: float, limit: float, *, first: bool) -> dict[str, Any]:
+    """One pass over a room in a process of its own: its report, or one that says why there is none.
+
+    `share`: seconds it should take, `limit`: after which it starts no further case.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pass.json"
         asked = [room, "--passes", "1", "--json", str(path), "--budget", f"{limit:.0f}s", *given.words()]
+        asked += ["--share", f"{share:.1f}"]
         asked += ["--progress", *([] if first else ["--no-peaks"])]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
@@ -221,36 +169,6 @@ def _process(room: str, given: Options, limit: float, *, first: bool) -> dict[st
         if not found["results"] and not found["not_run"]:
             found["not_run"][room] = f"failed with exit code {done.returncode}"
     return dict(found)
-
-
-def _refuse_nothing(wanted: dict[str, list[harness.Plan]], given: Options, device: str) -> None:
-    """Raise `ValueError` where what was asked for has no case, with what there is."""
-    if any(wanted.values()):
-        return
-    room = given.rooms[0] if len(given.rooms) == 1 else "no room"
-    if given.sizes:
-        able = [name for name in rooms() if hasattr(module_of(name), "custom")]
-        raise ValueError(f"--shape {given.shape}: {room} takes no sizes; known are {', '.join(able)}")
-    there = sorted(name for name in SHAPES if any(_shape_cases(one, name, given, device) for one in wanted))
-    what = " ".join(given.words())
-    raise ValueError(f"{room} has no case for {what or device}; shapes there: {', '.join(there) or 'none'}")
-
-
-def _shape_cases(room: str, shape: str, given: Options, device: str) -> list[harness.Plan]:
-    return selected(room, Options(rooms=(room,), shape=shape, all=True, quick=given.quick), device)
-
-
-def listing(given: Options) -> str:
-    """Rooms and cases; a star before those of the table."""
-    device = device_of(given.device)
-    lines = [records.CPU_ONLY if device == "cpu" else torch.cuda.get_device_name()]
-    for room in given.rooms or rooms():
-        every = selected(room, Options(rooms=(room,), all=True, slow=True), device)
-        stars = {plan.name for plan in table(module_of(room), every)}
-        shown = [plan for plan in selected(room, given, device) if given.shape or given.only or given.dtype] or every
-        lines.append(f"{room}:")
-        lines += [f"  {'*' if plan.name in stars else ' '} {plan.name}{' (slow)' * plan.slow}" for plan in shown]
-    return "\n".join([*lines, f"shapes: {', '.join(SHAPES)}, or sizes such as 25216x768", ""])
 
 
 def command(words: Sequence[str], program: str = "bench") -> int:
