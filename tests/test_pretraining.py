@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -50,15 +51,26 @@ def shard(path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module; it sets torch's threads, which are put back."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    spec = importlib.util.spec_from_file_location("pretrain_backbone", ROOT / "examples" / "pretrain_backbone.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     if spec is None or spec.loader is None:
         pytest.fail("the example is not where it should be")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def probe() -> ModuleType:
+    pytest.importorskip("sklearn", reason="the probe is scikit-learn's")
+    return example("probe_backbone")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module; it sets torch's threads, which are put back."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = example("pretrain_backbone")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)
@@ -174,3 +186,33 @@ def test_a_cut_box_is_the_share_that_the_labels_get(augment: ModuleType) -> None
             assert kept >= share - 0.05
     assert augment.cut_in(zeros, ones, 1.0, host)[1] == 1.0
     assert float(zeros.max()) == 0
+
+
+CARD = ROOT / "benchmarks" / "backbones"
+
+
+@pytest.mark.parametrize("path", sorted(CARD.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_the_trained_backbones_are_what_their_card_says(path: Path) -> None:
+    """The file is the one of the card, loads, and tells classes that it has never seen apart."""
+    card = (CARD / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+    with safe_open(path, framework="pt") as file:
+        accuracy = float(file.metadata()["test_accuracy"])
+    assert f"{100 * accuracy:.1f} %" in card
+    model, preprocessing = data.load_backbone(path)
+    assert preprocessing.size == 32
+    with torch.no_grad():
+        assert bool(model(torch.rand(2, 3, 32, 32)).isfinite().all())
+
+
+def test_a_trained_backbone_knows_photographs(data_dir: Path, probe: ModuleType) -> None:
+    if not (CARD / "vit_tin32_small.safetensors").is_file():
+        pytest.skip("the trained backbones are in the repository alone, not in the source archive")
+    backbone = data.load_backbone(CARD / "vit_tin32_small.safetensors")
+    loaded = data.load(data_dir / "cifar10_1000x200.npz")
+    train = loaded.train.subset(probe.first_of_each(loaded.train.labels, 20))
+    test = loaded.test.subset(probe.first_of_each(loaded.test.labels, 30))
+    found, held = probe.features(backbone, train), probe.features(backbone, test)
+    right = probe.class_means(found, train.labels, held) == test.labels
+    assert float(right.float().mean()) > 0.3  # chance 0.1; by logistic regression below too
+    assert float((probe.logistic(found, train.labels, held, 0.01) == test.labels).float().mean()) > 0.3
