@@ -55,11 +55,12 @@ class Case:
     `variants` maps a name to a call without arguments that returns its output(s); "ours" is the one that ratios are
     quoted for. Each variant is called once and compared with `expected` by the relative Frobenius error, which must
     stay below `tolerance` (one number, or one for each name; infinity where a baseline is known to be inexact: its
-    error is printed all the same). Where variants answer slightly different questions, `expected` maps their names to
-    outputs; `read` turns what a call returns into tensors. `measures` are further columns, functions of the outputs
-    such as the leak of a projector; the variants named in `limited` must keep their `limits`. `kept_bytes` of the peak
-    memory are what a result must hold, such as the state of a collector; what is beyond them is shown apart.
-    `yardsticks` compute something else, such as a step without the projection: nothing is claimed against them.
+    error is printed all the same, and an infinite one means no time). Where variants answer slightly different
+    questions, `expected` maps their names to outputs; `read` turns what a call returns into tensors. `measures` are
+    further columns, functions of the outputs such as the leak of a projector; the variants named in `limited` must
+    keep their `limits`. `yardsticks` compute something else, such as a step without the projection: nothing is claimed
+    against them. `kept_bytes` of the peak memory are what a result must hold, such as the state of a collector; what is
+    beyond them is shown apart.
     `flops` and `bytes_moved` give the floor at the rate named by `rate`.
     """
 
@@ -207,6 +208,8 @@ def measure(
     for name in case.variants:
         try:
             found[name], first[name] = case.check(name)
+            if name not in case.yardsticks and not math.isfinite(found[name]["error"]):
+                raise ValueError(f"{name} disagrees, error {found.pop(name)['error']}")
         except Exception as problem:
             kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
             failed[name] = f"{kind}{problem}".partition("\n")[0][:300]

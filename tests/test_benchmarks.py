@@ -41,7 +41,9 @@ def test_nothing_wrong_is_timed() -> None:
     ours, other = measure(case)["rows"]
     assert other == {"variant": "other", "failed": "other is wrong, error 1.0e-01 > 5.0e-02"}
     assert ours["times_ours"] == 1.0
-    case.variants = {"ours": lambda: wrong, "other": lambda: right}
+    case.tolerance, case.variants = math.inf, {"ours": lambda: right, "other": lambda: right / 0}
+    assert measure(case)["rows"][1] == {"variant": "other", "failed": "other disagrees, error inf"}
+    case.tolerance, case.variants = 0.05, {"ours": lambda: wrong, "other": lambda: right}
     assert all("median_s" not in row for row in measure(case)["rows"])
     nan = harness.Case({"ours": lambda: torch.full((4, 4), math.nan)}, right, 1.0)
     with pytest.raises(ValueError, match="ours is wrong"):
