@@ -173,6 +173,10 @@ def test_what_is_beyond_the_runs_is_not_decided_against_what_was_measured() -> N
     assert known["1x"]["verdict"] == "too-close"
     assert beyond["high"] < 0
     assert beyond["verdict"] == "too-close"
+    decision = decide(world, 4 * SIZES[-1], draws=400)
+    explain(decision, TITLES, images=4 * SIZES[-1], facts=facts())
+    assert "with 1347, the most that were trained on" in decision["sentence"]
+    assert "which alone decides nothing" in decision["sentence"]
 
 
 def test_no_verdict_against_full_fine_tuning_that_has_not_fitted_its_training_images() -> None:

@@ -78,6 +78,13 @@ def _sentence(decision: Mapping[str, Any], titles: Mapping[str, str], images: in
             "full fine-tuning."
         )
     basis = "by the line through the sizes that were trained" if now["extrapolated"] else "measured"
+    if verdict == CLOSE and now["extrapolated"]:
+        last = decision["gaps"][-1]
+        told = f"{_points(last['mean'])} points (95 % interval {_points(last['low'])} to {_points(last['high'])})"
+        return (
+            f"Too close to call with {images} images: with {trained}, the most that were trained on, {prompts} minus "
+            f"full fine-tuning is {told}; the line in log n expects {_points(now['gap'])}, which alone decides nothing."
+        )
     if verdict == CLOSE:
         return (
             f"Too close to call with {images} images: {prompts} minus full fine-tuning is {gap}, {basis}, and no other "
@@ -187,7 +194,7 @@ def _changes(
             "A larger budget: with more epochs full fine-tuning may catch up, or the verdict against it stand."
         )
     if decision["verdict"] == CLOSE:
-        half = (now["high"] - now["low"]) / 2
+        half = (decision["gaps"][-1]["high"] - decision["gaps"][-1]["low"]) / 2
         found.append(
             f"More test images or draws: with {facts['tested']} test images and {facts['seeds']} draws the interval "
             f"is +-{100 * half:.1f} points, so a smaller difference cannot show. A larger --budget or --seeds helps."
