@@ -202,10 +202,10 @@ def test_a_budget_too_small_says_the_smallest(tmp_path: Path) -> None:
 def test_a_machine_that_slows_down_drops_whole_cells_and_keeps_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifty times slower from the second cell on: 24 trials tune, 4 are the two draws of the largest size."""
-    config = small_config(tmp_path, budget="60s", arms=("vpt-deep", "full"))
-    results = engine.compare(config, small_data(), clock=Ticking(monkeypatch, 26, 0.5))
-    assert results["budget"]["spent"] <= 1.1 * 60
+    """Twenty-five times slower from the second cell on: 8 trials tune, 4 are the two draws of the largest size."""
+    config = small_config(tmp_path, budget="40s", arms=("vpt-deep", "full"))
+    results = engine.compare(config, small_data(), clock=Ticking(monkeypatch, 10, 0.25))
+    assert results["budget"]["spent"] <= 1.1 * 40
     runs = {(run["size"], run["seed"]) for run in results["runs"]}
     assert len(results["runs"]) == 2 * len(runs), "a cell is run for both arms or for none"
     assert {(60, 0), (60, 1)} <= runs
@@ -217,7 +217,7 @@ def test_a_machine_that_slows_down_drops_whole_cells_and_keeps_the_budget(
 def test_a_machine_that_stands_still_says_what_it_would_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(tmp_path, budget="40s", arms=("vpt-deep", "full"))
     with pytest.raises(BudgetError, match="budget: 40s ended before any size was run with two draws"):
-        engine.compare(config, small_data(), clock=Ticking(monkeypatch, 22, 3.0))
+        engine.compare(config, small_data(), clock=Ticking(monkeypatch, 6, 3.0))
 
 
 def test_data_without_a_test_split_are_split_and_it_is_said(tmp_path: Path) -> None:

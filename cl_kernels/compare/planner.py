@@ -205,7 +205,7 @@ def _candidates(
         chosen = _spread(list(sizes[:top]), count)
         for base, seed_count, trials in itertools.product(epochs, draws, trial_counts):
             for tuned in _anchor_choices(chosen):
-                repeats = {anchor: max(1, min(3, 400 // anchor)) for anchor in tuned}
+                repeats = {anchor: 1 if quick else max(1, min(3, 400 // anchor)) for anchor in tuned}
                 plan = Plan(chosen, seed_count, base, trials, tuned, repeats, images, tested)
                 plan.cells = _order(chosen, seed_count)
                 plans.append(plan)
