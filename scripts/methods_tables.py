@@ -1,8 +1,9 @@
-"""Write the tables of docs/methods.md from the results of examples/methods.toml and distillation.toml: no number there
-is typed by hand.
+"""Write the tables of docs/methods.md from the results of examples/methods.toml, distillation.toml and
+distillation_photos.toml: no number there is typed by hand.
 
 python scripts/methods_tables.py out/methods/results.json     keeps the numbers and rewrites the tables
 python scripts/methods_tables.py --distillation out/distillation/results.json     the same for the table of kdp
+python scripts/methods_tables.py --photos out/photos/results.json     and for that of kdp on photographs
 python scripts/methods_tables.py --check                      changes nothing, exits with 1 if they differ
 """
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 KEPT = ROOT / "benchmarks" / "results" / "methods.json"
 DISTILLED = ROOT / "benchmarks" / "results" / "distillation.json"
+PHOTOS = ROOT / "benchmarks" / "results" / "distillation_photos.json"
 ALONE = "student alone"
 FIELDS = (
     "method",
@@ -93,10 +95,11 @@ def distilled(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def filled(text: str, record: dict[str, Any], taught: dict[str, Any]) -> str:
+def filled(text: str, record: dict[str, Any], taught: dict[str, Any], photos: dict[str, Any]) -> str:
     """`text` with every table written anew between its markers."""
     tables = {name: table(record["runs"], labels) for name, labels in TABLES.items()}
-    for name, lines in {**tables, "distillation": distilled(taught["runs"])}.items():
+    tables |= {"distillation": distilled(taught["runs"]), "distillation-photos": distilled(photos["runs"])}
+    for name, lines in tables.items():
         begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
         found = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if len(found.findall(text)) != 1:
@@ -110,15 +113,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?")
     parser.add_argument("--distillation", type=Path)
+    parser.add_argument("--photos", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    for given, kept in ((options.results, KEPT), (options.distillation, DISTILLED)):
+    for given, kept in ((options.results, KEPT), (options.distillation, DISTILLED), (options.photos, PHOTOS)):
         if given is not None:
             record = json.loads(given.read_text(encoding="utf-8"))
             record["runs"] = [{key: run[key] for key in FIELDS if key in run} for run in record["runs"]]
             kept.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
-    fresh = filled(text, *(json.loads(kept.read_text(encoding="utf-8")) for kept in (KEPT, DISTILLED)))
+    fresh = filled(text, *(json.loads(kept.read_text(encoding="utf-8")) for kept in (KEPT, DISTILLED, PHOTOS)))
     if fresh == text:
         return 0
     if options.check:
