@@ -165,6 +165,68 @@ def test_ragged_draws_and_few_sizes_are_taken() -> None:
     assert decide(Outcomes(same, "vpt-deep"), SIZES[-1], draws=400)["verdict"] == "too-close"
 
 
+def unanimous(images: int, speaking: int, draws: int = 3) -> Outcomes:
+    """Prompts are right on `speaking` images that full fine-tuning gets wrong, in every draw and at every size."""
+    right = np.zeros((draws, images))
+    right[:, :speaking] = 1
+    sizes = (50, 100, 200, 400)
+    return Outcomes(
+        {"vpt-deep": dict.fromkeys(sizes, right), "full": dict.fromkeys(sizes, np.zeros_like(right))}, "vpt-deep"
+    )
+
+
+def test_a_handful_of_test_images_is_no_verdict() -> None:
+    """Four images for one side and none for the other: p = 0.125 in the exact sign test; seven: 0.016."""
+    assert decide(unanimous(100, 4), 400, draws=400)["verdict"] == "too-close"
+    assert decide(unanimous(1, 1), 400, draws=400)["verdict"] == "too-close"
+    assert decide(unanimous(100, 7), 400, draws=400)["verdict"] == "prompts"
+
+
+def test_draws_that_agree_by_chance_at_one_size_keep_the_spread_of_the_others() -> None:
+    """Two draws with the same gap at the last size, 12 points apart at the others: their luck is not gone there."""
+    rng = np.random.default_rng(0)
+    low, high = ((rng.random(450) < share).astype(float) for share in (0.44, 0.56))
+    full = np.stack([(np.arange(450) % 2).astype(float)] * 2)
+    prompts = {50: np.stack([low, high]), 100: np.stack([high, low]), 200: np.stack([low, high]), 400: full}
+    found = decide(Outcomes({"vpt-deep": prompts, "full": dict.fromkeys(prompts, full)}, "vpt-deep"), 400, draws=400)
+    assert found["gaps"][-1]["high"] - found["gaps"][-1]["low"] > 0.05
+
+
+def shrinking(seed: int, gap: Any, other: Any = None) -> Outcomes:
+    """Prompts ahead by `gap(n)`, `other` by `other(n)`, with a little luck in each draw."""
+    rng = np.random.default_rng(seed)
+    hits: dict[str, dict[int, Any]] = {"vpt-deep": {}, "full": {}} | ({} if other is None else {"lora": {}})
+    ease = rng.random(450)
+    for size in SIZES:
+        for arm in hits:
+            lift = {"vpt-deep": gap(size), "full": 0.0, "lora": 0.0 if other is None else other(size)}[arm]
+            level = 0.6 + lift + rng.normal(0, 0.01, 3)
+            mixed = 0.7 * ease + 0.3 * rng.random((3, 450))
+            hits[arm][size] = (mixed < np.quantile(mixed, level)[:, None]).astype(float)
+    return Outcomes(hits, "vpt-deep", "full", None if other is None else "lora")
+
+
+def test_a_gap_that_shrinks_does_not_change_sides() -> None:
+    """Prompts lead by 0.2 sqrt(50 / n): 1.7 points at five times the images. The line in log n alone made that a
+    verdict for full fine-tuning in 58 of 60 worlds."""
+    wrong = by_line = 0
+    for seed in range(20):
+        found = decide(shrinking(seed, lambda n: 0.2 * (50 / n) ** 0.5), SIZES[-1], seed=seed, draws=300)["at"]["5x"]
+        by_line += found["high"] < 0
+        wrong += found["verdict"] == "full"
+    assert by_line >= 10
+    assert wrong <= 2
+
+
+def test_another_arm_wins_beyond_the_runs_only_where_its_lines_say_so() -> None:
+    """Its lead shrinks to six points at the largest size that was trained, of a seventh of the images there are."""
+    world = shrinking(0, lambda n: 0.0, lambda n: 0.06 + 0.07 * np.log(1347 / n))
+    assert decide(world, SIZES[-1], draws=400)["verdict"] == "other"
+    assert decide(world, 7 * SIZES[-1], draws=400)["verdict"] == "too-close"
+    steady = shrinking(0, lambda n: 0.0, lambda n: 0.2)
+    assert decide(steady, 7 * SIZES[-1], draws=400)["verdict"] == "other"
+
+
 def test_what_is_beyond_the_runs_is_not_decided_against_what_was_measured() -> None:
     """A steep line gives the last size no verdict, four times as far a clear one: for what one has it is too close."""
     world = outcomes(0, gap=-0.1, slope=-0.45, noise=0.05)

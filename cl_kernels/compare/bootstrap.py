@@ -1,4 +1,4 @@
-"""Resampling test images and draws of the training set together, and a line in log n through the gaps."""
+"""Resampling test images and draws of the training set together, and lines through the gaps that go beyond them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = ["LEVEL", "Bootstrap", "Floats", "Gaps", "Line", "Outcomes"]
 Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.95  # of the interval that a verdict needs
+MADE = (1.0, -1.0)  # differences of the images that are drawn beside the real ones
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Gaps:
 class Bootstrap:
     """One set of resampling weights for all pairs of arms, so that their gaps stay paired with each other.
 
-    Test images are drawn with replacement, the same for all sizes and draws. Draws of the training set are resampled
-    too; with S of them their spread is understated by sqrt((S-1)/S) and its own uncertainty not shown at all, so their
-    deviations, of a spread pooled over sizes, are scaled by sqrt(S/(S-1)) and by Student's factor.
+    Test images are drawn with replacement, the same for all sizes and draws, and beside them two made ones that each
+    side alone gets right: without them four images that all speak for one side made a verdict (the exact sign test
+    gives them p = 0.125), and so did a test set of one; with them it takes about six. Draws of the training set are
+    resampled too; with S of them their spread is understated by sqrt((S-1)/S) and its own uncertainty not shown at
+    all, so their deviations, of a spread pooled over sizes, are scaled by sqrt(S/(S-1)) and by Student's factor.
     """
 
     def __init__(self, outcomes: Outcomes, draws: int, generator: np.random.Generator) -> None:
@@ -58,8 +61,8 @@ class Bootstrap:
         self.images = first[self.sizes[0]].shape[1]
         self.seeds = [len(first[size]) for size in self.sizes]
         most = max(self.seeds)
-        self.image_weights = generator.multinomial(self.images, np.full(self.images, 1 / self.images), draws)
-        self.image_weights = self.image_weights / self.images
+        counted = self.images + len(MADE)
+        self.image_weights = generator.multinomial(counted, np.full(counted, 1 / counted), draws) / self.images
         self.picks = generator.random((draws, most))
         freedom = sum(count - 1 for count in self.seeds)
         self.freedom = max(1, freedom - (len(self.sizes) > 2))  # one is spent on how the spread falls with n
@@ -73,12 +76,14 @@ class Bootstrap:
             difference = first[size] - second[size]
             by_seed = difference.mean(axis=1)
             mean, count = float(by_seed.mean()), len(by_seed)
-            images = self.image_weights @ (difference.mean(axis=0)) - mean
+            images = self.image_weights @ np.concatenate([difference.mean(axis=0), MADE]) - mean
             seeds = np.zeros(len(images))
             if count > 1:
                 deviation = by_seed - mean
+                if not deviation.any():  # equal by chance: the spread of the other sizes holds here too
+                    deviation = np.linspace(-1, 1, count)
                 own = math.sqrt(float((deviation**2).sum()) / (count - 1))
-                scale = math.sqrt(count / (count - 1)) * (spreads[place] / own if own > 0 else 0.0)
+                scale = math.sqrt(count / (count - 1)) * spreads[place] / own
                 chosen = (self.picks[:, :count] * count).astype(np.int64)
                 seeds = deviation[chosen].mean(axis=1) * scale * self.student
             means.append(mean)
@@ -119,10 +124,13 @@ def _bias(freedom: int) -> float:
 
 
 class Line:
-    """gap = a + b log n, weighted by the inverse variances; one line for each bootstrap draw."""
+    """gap = a + b log n, weighted by the inverse variances; one line for each bootstrap draw.
 
-    def __init__(self, sizes: Sequence[int], gaps: Gaps) -> None:
-        self.x = np.log(np.array(sizes, dtype=np.float64))
+    `levels_off`: gap = a - b / sqrt(n), which comes to rest at a, as the gaps of most published tasks do."""
+
+    def __init__(self, sizes: Sequence[int], gaps: Gaps, *, levels_off: bool = False) -> None:
+        self.levels_off = levels_off
+        self.x = np.array([self._place(size) for size in sizes])
         variance = np.maximum(gaps.draws.var(axis=0), 1e-8)
         weights = 1 / variance
         self.centre = float((weights * self.x).sum() / weights.sum())
@@ -135,8 +143,11 @@ class Line:
         freedom = max(1, len(sizes) - 2)
         self.misfit = max(1.0, math.sqrt(float((weights * rest * rest).sum()) / freedom)) if len(sizes) > 2 else 1.0
 
+    def _place(self, size: float) -> float:
+        return -1 / math.sqrt(size) if self.levels_off else math.log(size)
+
     def at(self, size: float) -> tuple[float, Floats]:
         """The line's gap at `size`, and its bootstrap draws, widened where the line misses the measured gaps."""
-        u = math.log(size) - self.centre
+        u = self._place(size) - self.centre
         mean = self.level + self.slope * u
         return mean, mean + (self.levels + self.slopes * u - mean) * self.misfit

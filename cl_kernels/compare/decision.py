@@ -32,14 +32,15 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
     """The section "decision" of results.json without its words: verdicts at n, 2n and 5n, gaps, crossing, accuracies.
 
     A verdict at `images` (all there are) is of the measured gap where they were trained on, of the line in log n
-    otherwise and beyond, where three sizes or more support it. PB16: of 20 re-draws of images and draws at least 18
-    must name the same, else it is "too-close". "other": the arm that validation chose among the rest beats prompts and
-    full, each with its interval. Cost: O(draws * sizes * (images + draws of the training set))."""
+    otherwise and beyond, where three sizes or more support it and a line that levels off says the same. PB16: of 20
+    re-draws of images and draws at least 18 must name the same, else it is "too-close". "other": the arm that
+    validation chose among the rest beats prompts and full, each with its interval.
+    Cost: O(draws * sizes * (images + draws of the training set))."""
     generator = np.random.default_rng(seed)
     bootstrap = Bootstrap(outcomes, draws, generator)
     hits, sizes = outcomes.hits, outcomes.sizes
     gaps = bootstrap.gaps(hits[outcomes.prompts], hits[outcomes.full])
-    line = Line(sizes, gaps)
+    line, flat = Line(sizes, gaps), Line(sizes, gaps, levels_off=True)
     at = {}
     for times in (1, 2, 5):
         name, size = f"{times}x", images * times
@@ -51,6 +52,8 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
         agreeing = _agreement(column[:REDRAWS], verdict)
         if agreeing < AGREE or (not measured and len(sizes) < 3):  # a line through two points cannot miss them
             verdict = CLOSE
+        if not measured and verdict_at(*flat.at(size))[0] != verdict:  # gaps that shrink need not change sides
+            verdict = CLOSE
         if times == 1 and not measured and verdict_at(float(gaps.mean[-1]), gaps.draws[:, -1])[0] != verdict:
             verdict = CLOSE  # what one has is not decided by the line alone, against what was measured nearest to it
         at[name] = {
@@ -58,7 +61,7 @@ def decide(outcomes: Outcomes, images: int, *, seed: int = 0, draws: int = DRAWS
             "extrapolated": not measured, "agreeing": agreeing,
         }  # fmt: skip
     top = sizes[-1]
-    other = _other(outcomes, bootstrap, sizes.index(top))
+    other = _other(outcomes, bootstrap, sizes.index(top), images)
     verdict = str(at["1x"]["verdict"])
     arm = {PROMPTS: outcomes.prompts, FULL: outcomes.full}.get(verdict)
     if other is not None and other["wins"]:
@@ -92,19 +95,24 @@ def _band(gaps: Gaps, place: int) -> dict[str, float]:
     return {"low": low, "high": high}
 
 
-def _other(outcomes: Outcomes, bootstrap: Bootstrap, place: int) -> dict[str, Any] | None:
-    """How the best other arm stands at the largest size against prompts and against full."""
+def _other(outcomes: Outcomes, bootstrap: Bootstrap, place: int, images: int) -> dict[str, Any] | None:
+    """How the best other arm stands at the largest size against prompts and against full.
+
+    Where that is below `images`, it wins only if both lines of either gap keep it ahead there."""
     if outcomes.other is None:
         return None
-    hits, found = outcomes.hits, {}
+    hits, found, sizes = outcomes.hits, {}, outcomes.sizes
+    ahead = sizes[place] == images or len(sizes) >= 3
     for name, rival in ((PROMPTS, outcomes.prompts), (FULL, outcomes.full)):
         gaps = bootstrap.gaps(hits[outcomes.other], hits[rival])
         low, high = gaps.interval(place)
         mean = float(gaps.mean[place])
         agreeing = int((gaps.draws[:REDRAWS, place] > 0).sum())
         found[name] = {"gap": mean, "low": low, "high": high, "agreeing": agreeing}
+        for levels_off in (False, True) if sizes[place] != images else ():
+            ahead &= verdict_at(*Line(sizes, gaps, levels_off=levels_off).at(images))[0] == PROMPTS
     wins = all(entry["low"] > 0 and entry["gap"] >= SMALLEST and entry["agreeing"] >= AGREE for entry in found.values())
-    return {"arm": outcomes.other, "wins": wins, "against": found}
+    return {"arm": outcomes.other, "wins": wins and ahead, "against": found}
 
 
 def _accuracies(outcomes: Outcomes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
@@ -144,6 +152,6 @@ def _crossing(line: Line, sizes: Sequence[int], images: int) -> dict[str, Any]:
     low, high = (round(float(value)) for value in np.quantile(found, [0.05, 0.95]))
     size = round(math.exp(own))
     above = "prompts" if line.slope > 0 else "full fine-tuning"
-    beyond = f", beyond the {images} images there are" if size > images else ""
+    beyond = f", beyond the {images} images there are, if the gap does not level off" if size > images else ""
     text = f"{above} ahead from about {size} images on (90 % of the re-draws: {low} to {high}){beyond}"
     return {"size": size, "low": low, "high": high, "share": share, "text": text}
