@@ -170,6 +170,8 @@ class TestEveryArm:
         both, first = tried("ft-then-pt", options), tried("full", {"lr": 1e-3})
         assert both.digests["after"] == first.digests["after"]
         assert both.curve != first.curve
+        weights = sum(parameter.numel() for parameter in tiny_model().parameters())
+        assert both.stored_bytes == 4 * (both.trainable_parameters + weights), "no other task has this backbone"
 
     @pytest.mark.parametrize("name", ARMS)
     def test_the_same_again(self, name: str) -> None:

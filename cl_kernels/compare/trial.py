@@ -127,7 +127,10 @@ def train_trial(
             _Run(first, model, (images, labels), settings).execute()
             trial.status, trial.reason = first.status, first.reason
         if trial.status == "done":
-            _Run(trial, model, (images, labels), settings).execute(validation, test_images, test_every, on_epoch)
+            run = _Run(trial, model, (images, labels), settings)
+            run.execute(validation, test_images, test_every, on_epoch)
+            if chosen.first is not None:  # no other task has this backbone
+                trial.stored_bytes += run.fixed_bytes()
     trial.seconds["total"] = time.perf_counter() - started
     return trial
 
@@ -223,6 +226,12 @@ class _Run:
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, value in self._trained():
             value.copy_(values[name])
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the backbone's weights that this arm does not train."""
+        mine = {id(value) for _, value in self._trained()}
+        fixed = [value for value in self.method.backbone.parameters() if id(value) not in mine]
+        return sum(value.numel() * value.element_size() for value in fixed)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return self.method.trainable_parameters()
