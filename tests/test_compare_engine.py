@@ -17,7 +17,7 @@ import torch
 from compare_small import ARMS, comparable, run_small, small_config, small_data, trained
 from test_resume import Server
 
-from cl_kernels.compare import engine, finish, runner
+from cl_kernels.compare import engine, finish, runner, session
 from cl_kernels.compare.planner import BudgetError
 from cl_kernels.compare.subsets import SealedLabels
 from cl_kernels.compare.tuning import ranked_by_rule
@@ -110,13 +110,23 @@ def test_a_finished_comparison_is_not_trained_again(whole: tuple[Path, dict[str,
         run_small(out)
 
 
-def test_a_changed_setting_is_refused_with_the_difference(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_a_changed_setting_is_refused_with_the_difference(
+    whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, _ = whole
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"other settings \(budget: 20m00s -> 10m00s; seed: 0 -> 3\)"):
         run_small(out, resume=True, budget="10m", seed=3)
     with pytest.raises(ValueError, match="data hash"):
         run_small(out, small_data(test=59), resume=True)
+    other = small_data()
+    shown = other.test.subset(torch.arange(60).flip(0))
+    shown.labels = other.test.labels
+    with pytest.raises(ValueError, match="data hash"):
+        run_small(out, dataclasses.replace(other, test=shown), resume=True)
+    monkeypatch.setattr(session, "__version__", "0.0.0")
+    with pytest.raises(ValueError, match="version: "):
+        run_small(out, resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
@@ -214,10 +224,14 @@ def test_a_machine_that_slows_down_drops_whole_cells_and_keeps_the_budget(
     assert results["decision"]["sentence"]
 
 
-def test_a_machine_that_stands_still_says_what_it_would_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trials", [1, 6])
+def test_a_machine_that_stands_still_says_what_it_would_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int
+) -> None:
+    """In the first rung of tuning, and in the sweep."""
     config = small_config(tmp_path, budget="40s", arms=("vpt-deep", "full"))
     with pytest.raises(BudgetError, match="budget: 40s ended before any size was run with two draws"):
-        engine.compare(config, small_data(), clock=Ticking(monkeypatch, 6, 3.0))
+        engine.compare(config, small_data(), clock=Ticking(monkeypatch, trials, 3.0))
 
 
 def test_data_without_a_test_split_are_split_and_it_is_said(tmp_path: Path) -> None:
@@ -247,11 +261,13 @@ Command = Callable[..., tuple[int, str, str]]
 def test_bad_input_is_told_in_one_line_with_exit_code_2(command: Command, tmp_path: Path) -> None:
     one, none = folder(tmp_path / "one", 1), tmp_path / "none"
     none.mkdir()
+    few = folder(tmp_path / "few", 2, images=3)
     broken = folder(tmp_path / "broken", 2)
     (broken / "class0" / "0.png").write_bytes(b"\x89PNG no picture")
     cases = [
         (["--data", str(one)], 2, "at least two class folders"),
         (["--data", str(none)], 2, "at least two class folders"),
+        (["--data", str(few)], 2, "at least 5 training images, got 4"),
         (["--data", "digitz"], 2, "did you mean digits"),
         (["--data", str(tmp_path / "missing.npz")], 2, "no such file"),
         (["--data", str(broken), "--strict"], 1, "0.png"),

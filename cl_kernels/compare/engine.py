@@ -140,7 +140,11 @@ def _trained(work: Work, plan: Plan) -> tuple[dict[str, Tuned], list[Run]]:
     with budget.stage("tuning"):
         least = sum(cost_of_cell(plan, work.rates, work.names, size) for size, _ in plan.cells[:6])  # three sizes
         runner.on_trial = lambda arm, detail: work.progress.now("tuning", detail=f"{arm}: {detail}", left=budget.left())
-        tuned = tune(runner, session.arms, plan, least)
+        try:
+            tuned = tune(runner, session.arms, plan, least)
+        except OutOfTime:
+            _check_enough(work, plan, [])
+            raise
     with budget.stage("size sweep"):
         runs = [run for place in range(len(plan.cells)) for run in _cell(work, runner, plan, tuned, place)]
     _check_enough(work, plan, runs)

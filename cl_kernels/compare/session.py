@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels import data as image_data
+from cl_kernels._version import __version__
 from cl_kernels.compare.arms import ARMS, Arm, Scale
 from cl_kernels.compare.cache import FOLDER
 from cl_kernels.compare.config import CompareConfig
@@ -24,6 +25,7 @@ __all__ = ["Session", "open_session"]
 
 TEST_IMAGES = 2000  # at the most: half a point of standard error at 95 %, and an evaluation that stays cheap
 KEPT_BYTES = 1 << 30  # of prepared images in memory
+FEWEST = 5  # training images, as many as the probes and the distances have folds
 SAMPLE = 2048  # training images that the data card, the probes and the distances look at
 
 
@@ -126,10 +128,12 @@ class Session:
         """What a resumed run must have in common with the one it goes on with."""
         digest = hashlib.blake2b(repr((self.data.name, list(self.data.class_names))).encode(), digest_size=16)
         digest.update(self.labels.numpy().tobytes())
-        some = torch.arange(0, self.size, -(-self.size // 64))
-        digest.update(image_hash(self.data.train.subset(some).tensors()).encode())
+        for part, count in ((self.data.train, self.size), (self.data.test.subset(self.test_rows), len(self.test_rows))):
+            some = torch.arange(0, count, -(-count // 64))
+            digest.update(image_hash(part.subset(some).tensors()).encode())
         digest.update(self.sealed.digest().encode())
-        return self.config.fixed() | {"data hash": digest.hexdigest(), "weight hash": self.weight_hash}
+        hashes = {"data hash": digest.hexdigest(), "weight hash": self.weight_hash}
+        return self.config.fixed() | hashes | {"version": f"{__version__}, torch {torch.__version__}"}
 
     def _extracted(self, pixels: Tensor) -> Tensor:
         cache = self.config.folder / FOLDER
@@ -195,6 +199,8 @@ def _with_test(data: image_data.ImageData, seed: int) -> tuple[image_data.ImageD
 
 
 def _check_classes(labels: Tensor, data: image_data.ImageData) -> None:
+    if len(labels) < FEWEST:
+        raise ValueError(f"data: {data.name} must have at least {FEWEST} training images, got {len(labels)}")
     counts = torch.bincount(labels, minlength=len(data.class_names))
     if int((counts > 0).sum()) < 2:
         raise ValueError(f"data: {data.name} must have at least two classes with images, got {int((counts > 0).sum())}")
