@@ -224,6 +224,21 @@ def test_a_machine_that_slows_down_drops_whole_cells_and_keeps_the_budget(
     assert results["decision"]["sentence"]
 
 
+def test_a_largest_size_that_does_not_fit_leaves_models_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "fits", lambda plan, rates, arms, cell, left: cell[0] < 60)
+    results = run_small(tmp_path, arms=("vpt-deep", "full"))
+    assert 60 not in results["sizes"], "a second draw alone is of no use"
+    assert [entry["arm"] for entry in results["cost"]] == ["vpt-deep", "full"]
+    top = max(results["sizes"])
+    run = next(run for run in results["runs"] if (run["arm"], run["size"], run["seed"]) == ("full", top, 0))
+    data = small_data()
+    told = load_model(tmp_path / "best_full.safetensors")(data.test.tensors()).argmax(dim=1)
+    assert float((told == data.test.labels).double().mean()) == pytest.approx(run["accuracy_last"], abs=0.017)
+    assert any("size 60, draw 1; size 60, draw 2" in note for note in results["missing"])
+
+
 @pytest.mark.parametrize("trials", [1, 6])
 def test_a_machine_that_stands_still_says_what_it_would_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int

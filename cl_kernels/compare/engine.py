@@ -45,6 +45,7 @@ class Work:
     rates: Rates = field(default_factory=lambda: Rates.none())
     missing: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    lead: int = 0  # the largest size of which the first draw was run: its models are kept
     models: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -162,7 +163,8 @@ def _cell(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tuned], place
         work.progress.now("size sweep", place * count, len(plan.cells) * count, f"{arm}: {told}", work.budget.left())
 
     runner.on_trial = shown
-    if work.cache.get("skipped", key) is None:
+    alone = draw > 0 and work.cache.get("skipped", key | {"draw": 0}) is not None  # of no use without the first draw
+    if not alone and work.cache.get("skipped", key) is None:
         left = work.budget.left() - runner.reserve
         if cell_is_cached(work, runner, plan, tuned, size, draw) or fits(plan, work.rates, work.names, cell, left):
             with contextlib.suppress(OutOfTime):

@@ -62,7 +62,7 @@ def finished(
     counts = torch.bincount(session.data.test.labels, minlength=session.classes)
     card["test"]["counts"] = counts.tolist()
     models = _models(work)
-    top = max(run.size for run in runs)
+    top = max(run.size for run in runs if run.draw == 0)
     costs = [found for arm in session.arms if (found := _cost(work, arm, runs, models, top)) is not None]
     with work.budget.stage("diagnosis"):
         work.progress.now("diagnosis", left=work.budget.left())

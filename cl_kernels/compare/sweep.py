@@ -48,14 +48,14 @@ def run_cell(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tuned], si
 
     Raises `OutOfTime`, and `RuntimeError` where an arm fails with every setting."""
     epochs = plan.epochs_at(size)
-    top = size == plan.sizes[-1]
+    lead = draw == 0 and size > work.lead
     found = []
     for arm in work.session.arms:
-        keep = _saver(work, arm) if top and draw == 0 else None
+        keep = _saver(work, arm) if lead else None
         for entry in tuned[arm.name].entries(size):
             options = entry["options"]
             wanted = max(1, round(entry["best_share"] * epochs))
-            every = max(1, epochs // LOOKS) if top and draw == 0 else wanted
+            every = max(1, epochs // LOOKS) if lead else wanted
             record = runner.measure(arm, options, size, draw, epochs, every, keep)
             if record["status"] == "done":
                 break
@@ -67,6 +67,7 @@ def run_cell(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tuned], si
         test[epochs] = tensors["final"]
         best = min(test, key=lambda epoch: (abs(epoch - wanted), -epoch))
         found.append(Run(arm.name, size, draw, options, record, test, best))
+    work.lead = max(work.lead, size) if draw == 0 else work.lead
     return found
 
 
@@ -80,7 +81,7 @@ def cell_is_cached(work: Work, runner: Runner, plan: Plan, tuned: dict[str, Tune
 
 
 def _saver(work: Work, arm: Arm) -> Any:
-    """Writes the weights of the first run with all images, as the model to use."""
+    """Writes the weights of the first run with the most images, as the model to use."""
     session = work.session
 
     def keep(trial: Trial) -> None:
