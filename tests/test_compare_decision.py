@@ -300,6 +300,20 @@ def test_a_preference_does_not_overrule_what_accuracy_says_nor_what_it_cannot_sa
     assert any("did not decide" in reason for reason in wide["reasons"])
 
 
+def test_a_preference_breaks_no_tie_by_a_line_nor_one_that_was_withheld() -> None:
+    """The line's interval alone, a line through two sizes, and prompts ahead of full fine-tuning that did not fit."""
+    narrow = {"low": -0.01, "high": 0.01, "extrapolated": True}
+    by_line, two, withheld = decided(noise=0.0), decided(noise=0.0), decided(gap=1.5)
+    by_line["at"]["1x"] |= narrow
+    by_line["gaps"][-1] |= {"low": -0.2, "high": 0.2}
+    two["at"]["1x"] |= narrow
+    two["gaps"] = two["gaps"][-2:]
+    withhold_where_underfit(withheld, {"vpt-deep": 0.03, "full": 0.77})
+    for decision in (by_line, two, withheld):
+        break_tie(decision, COST, "storage")
+        assert decision["verdict"] == "too-close"
+
+
 @pytest.mark.parametrize("world", [{"gap": 1.5}, {"gap": -1.5}, {}, {"gap": 0.0, "other": 1.5}])
 def test_every_verdict_has_a_sentence_reasons_and_what_would_change_it(world: dict[str, Any]) -> None:
     decision = decided(**world)

@@ -17,17 +17,20 @@ def break_tie(decision: dict[str, Any], cost: Sequence[Mapping[str, Any]], prefe
     """Name the cheaper arm where accuracy leaves it too close and the user said what counts; said as such.
 
     Only where the interval of the cheaper arm's loss stays within three points: else nothing is known that a cost could
-    outweigh."""
+    outweigh, be it at the largest size that was trained or by the line. Two sizes make no line, and a verdict that
+    was withheld is no tie."""
     measure = {"storage": "stored_bytes", "latency": "latency_ms"}.get(prefer)
-    if decision["verdict"] != CLOSE or measure is None:
+    now, last = decision["at"]["1x"], decision["gaps"][-1]
+    if decision["verdict"] != CLOSE or measure is None or decision.get("underfit"):
+        return
+    if now["extrapolated"] and len(decision["gaps"]) < 3:
         return
     by_arm = {entry["arm"]: entry for entry in cost}
     sides = {PROMPTS: decision["prompts_arm"], FULL: "full"}
     if not all(arm in by_arm for arm in sides.values()):
         return
     cheaper = min(sides, key=lambda side: float(by_arm[sides[side]][measure]))
-    now = decision["at"]["1x"]
-    at_risk = -now["low"] if cheaper == PROMPTS else now["high"]
+    at_risk = max(-row["low"] if cheaper == PROMPTS else row["high"] for row in (now, last))
     if at_risk > PREFER_MARGIN:
         decision["tie"] = {"prefer": prefer, "broken": False, "at_risk": at_risk}
         return
