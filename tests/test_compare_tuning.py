@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cl_kernels.compare.arms import ARMS
-from cl_kernels.compare.tuning import at_the_edge, candidates, describe, ranked_by_rule
+from cl_kernels.compare.planner import Plan
+from cl_kernels.compare.tuning import at_the_edge, candidates, describe, ranked_by_rule, tune
 
 
 def entry(accuracy: float | None, loss: float | None, lr: float, images: int = 60) -> dict[str, Any]:
@@ -61,6 +62,36 @@ def test_a_rate_at_the_end_of_its_grid_is_told() -> None:
     found = [at_the_edge(grid, {"lr": lr, "layer_decay": 1.0}) for lr in rates]
     assert found == ["lowest", None, None, "highest"]
     assert at_the_edge(ARMS["vpt-deep"].grid(), {"optimizer": "sgd", "lr": 1.0, "prompts": 10}) is None
+
+
+class Rated:
+    """In place of a runner: high rates fare best while epochs are few, and fail in the end."""
+
+    def __init__(self) -> None:
+        self.session = self.cache = self.budget = self
+
+    def grid(self, arm: Any) -> list[dict[str, Any]]:
+        return [{"lr": float(lr)} for lr in range(1, 5)]
+
+    def tune(self, arm: Any, options: dict[str, Any], size: int, repeat: int, epochs: int) -> dict[str, Any]:
+        told = None if epochs == 4 else options["lr"] / 10
+        return {
+            "images": 80, "validation_images": 2000, "validation_accuracy": told, "validation_loss": 1.0,
+            "curve": [{"validation_accuracy": told}],
+            "status": "done" if told else "failed", "reason": "", "seconds": {"total": 1.0},
+        }  # fmt: skip
+
+    def get(self, kind: str, key: Any) -> dict[str, bool]:
+        return {"cut": False}
+
+
+def test_settings_that_went_out_stand_behind_those_of_the_last_rung() -> None:
+    """The sweep takes the next where one fails: of the two best of the first rung both may."""
+    plan = Plan([100], 2, 4, 4, [100], {100: 1}, 100, 10)
+    made: Any = Rated()
+    found = tune(made, [ARMS["full"]], plan, 0.0)["full"]
+    assert [entry["options"]["lr"] for entry in found.entries(100)] == [3.0, 4.0, 2.0, 1.0]
+    assert [entry["rung"] for entry in found.entries(100)] == [1, 1, 0, 0]
 
 
 def test_settings_in_words() -> None:

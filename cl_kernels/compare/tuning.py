@@ -23,7 +23,8 @@ RULE = (
 
 @dataclass
 class Tuned:
-    """How one arm was tuned: `ranking[anchor]` holds settings, the best first, with their validation accuracy."""
+    """How one arm was tuned: `ranking[anchor]` holds settings with their validation accuracy, the best first, and
+    behind those of the last rung the ones that went out before it."""
 
     trials: list[dict[str, Any]] = field(default_factory=list)
     ranking: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
@@ -70,8 +71,10 @@ def tune(runner: Runner, arms: Sequence[Arm], plan: Plan, cushion: float) -> dic
                 raise
             for name, entries in ranked.items():
                 found[name].trials += entries
-                found[name].ranking[anchor] = ranked_by_rule(entries)
-                alive[name] = [entry["options"] for entry in found[name].ranking[anchor]]
+                ranking = ranked_by_rule(entries)
+                alive[name] = [entry["options"] for entry in ranking]
+                out = [e for e in found[name].ranking.get(anchor, ()) if e["options"] not in alive[name]]
+                found[name].ranking[anchor] = ranking + out  # behind: for where none of the last rung trains
     return found
 
 
