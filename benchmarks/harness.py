@@ -92,6 +92,10 @@ class Case:
         for key, most in allowed.items():
             if not found[key] <= most:
                 raise ValueError(f"{name} is wrong, {key} {found[key]:.1e} > {most:.1e}")
+        if "compile" in name:  # its first call compiled: seconds, which must neither count as a block nor plan them
+            start = cpu_timing.clock()
+            self.variants[name]()
+            seconds = cpu_timing.clock() - start
         return found, seconds
 
 
