@@ -41,13 +41,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def threshold(text: str) -> float:
-    """5%, 0.05 and 5 % as 0.05. Raises `ValueError` for what is no share above 0."""
+    """5%, 0.05 and 5 % as 0.05. Raises `ValueError` for what is no share, and for 5, which may mean either of two."""
     body = text.strip()
     try:
         value = float(body.removesuffix("%")) / (100 if body.endswith("%") else 1)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
+    if not 0 <= value < (float("inf") if body.endswith("%") else 1):
         raise ValueError(f"--fail-above: expected a share such as 5% or 0.05, got {text!r}")
     return value
 

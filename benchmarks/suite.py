@@ -198,6 +198,7 @@ def _read_old(given: Options) -> dict[str, Any] | None:
     """The report to compare with, refused before anything is measured where its machine is another one."""
     if given.compare is None:
         return None
+    comparison.threshold(given.fail_above or "5%")  # a wrong one is told now, not after ten minutes
     old = records.read(given.compare)
     now = records.environment(device_of(given.device)) | {"threads": 1}
     if other := comparison.differences(old["environment"], now):

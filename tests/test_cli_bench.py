@@ -154,9 +154,17 @@ def test_a_file_that_is_no_report_is_refused(command: Run, tmp_path: Path) -> No
 def test_thresholds() -> None:
     assert comparison.threshold("5%") == pytest.approx(0.05)
     assert comparison.threshold("0.05") == pytest.approx(0.05)
-    for text in ("five", "-1%", "nan", "inf", ""):
+    for text in ("five", "-1%", "nan", "inf", "", "5"):
         with pytest.raises(ValueError, match="--fail-above"):
             comparison.threshold(text)
+
+
+def test_a_wrong_threshold_is_told_before_anything_runs(command: Run, tmp_path: Path) -> None:
+    records.write(tmp_path / "old.json", report(ours=1.0))
+    words = ("--device", "cpu", "--compare", str(tmp_path / "old.json"), "--fail-above", "5")
+    code, out, err = command("bench", *words)  # nothing stands in for the run here
+    assert (code, out) == (2, "")
+    assert "expected a share such as 5% or 0.05, got '5'" in err
 
 
 def test_cases_that_were_not_run_again_are_named() -> None:
