@@ -279,6 +279,31 @@ class TestLosses:
         expected = (1 - alpha) * F.cross_entropy(hard, local) + alpha * 9 * kl + found.loss
         torch.testing.assert_close(method.loss((images, labels)), expected, atol=2e-6, rtol=2e-6)
 
+    @pytest.mark.parametrize("pool", POOLS)
+    @pytest.mark.parametrize("distillation", DISTILLATIONS)
+    def test_a_batch_in_two_halves_has_the_same_loss_and_gradients(self, pool: str, distillation: str) -> None:
+        """PA14: what DDP's mean of equal shards gives is what one device computes, in both phases."""
+        method, task = student(distillation=distillation, prompt_pool=pool), TASKS[0]
+        method.begin_task(task)
+        images, labels = (part[4:12] for part in task.images())
+        for phase in range(len(method.phases)):
+            if phase:
+                method.begin_phase(phase)
+            found = []
+            for shards in ([slice(0, 8)], [slice(0, 4), slice(4, 8)]):
+                assert method.optimizer is not None
+                method.optimizer.zero_grad()
+                losses = [method.loss((images[shard], labels[shard])) / len(shards) for shard in shards]
+                sum(losses, torch.zeros(())).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                trained = [p for group in method.optimizer.param_groups for p in group["params"]]
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+                found.append((float(sum(losses, torch.zeros(()))), grads))
+            (whole, grads), (halves, other) = found
+            assert halves == pytest.approx(whole, rel=1e-5)
+            assert len(grads) == len(other)
+            for one, two in zip(grads, other, strict=True):
+                torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
     def test_a_second_head_by_itself(self) -> None:
         """The control: both heads learn the labels, and nobody teaches."""
         method = student(distillation="labels", alpha=0.3)
