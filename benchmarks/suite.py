@@ -220,7 +220,7 @@ def _verdict(report: dict[str, Any], old: dict[str, Any] | None, given: Options)
         f"{result['room']}: {result['case']}: {row['failed']}"
         for result in report["results"]
         for row in result["rows"]
-        if row["variant"] == "ours" and "failed" in row
+        if row["variant"].startswith("ours") and "failed" in row
     ]
     broken = [f"{name}: {why}" for name, why in report["not_run"].items() if why.startswith("failed")]
     for line in [*wrong, *broken]:

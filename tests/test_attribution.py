@@ -302,6 +302,14 @@ class TestIntegratedGradients:
         assert torch.equal(found.flagged, found.error > 0.01)
         assert bool(found.flagged.any())
 
+    def test_flags_what_is_not_a_number(self) -> None:
+        model: Any = vit()
+        with torch.no_grad():
+            model.head.bias[2] = torch.nan
+        with pytest.warns(UserWarning, match="not complete"):
+            found = at.integrated_gradients(model, images(), 2, nodes=1, max_nodes=2)
+        assert bool(found.flagged.all())
+
     def test_an_image_that_is_the_baseline_explains_itself(self) -> None:
         found = at.integrated_gradients(vit(), torch.zeros(1, 3, 32, 32), 1)
         assert float(found.error) == 0.0

@@ -344,3 +344,10 @@ def test_the_wanted_share_is_projected_and_counted(base: str) -> None:
     counter = counting.Counter.of(ftp_variants.official(s))
     assert counter.waits >= 2 * len(s.params)
     assert counter.operations >= 40 * len(s.params)
+
+
+@pytest.mark.parametrize(("variant", "code"), [("ours", 1), ("ours, bf16 anchors", 1), ("torch eager", 0)])
+def test_every_variant_of_ours_must_be_right(variant: str, code: int) -> None:
+    rows = [{"variant": variant, "failed": "error 1 > 1e-6"}]
+    report = {"results": [{"room": "r", "case": "c", "rows": rows}], "not_run": {}}
+    assert suite._verdict(report, None, Options()) == code

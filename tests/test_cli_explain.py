@@ -14,6 +14,7 @@ import torch
 from continual_tiny import one_thread, tiny_backbone
 
 from cl_kernels import continual
+from cl_kernels.compare.attribution.sources import read_images
 from cl_kernels.continual import RunConfig, load_model, load_run
 from cl_kernels.errors import CheckpointError
 
@@ -216,3 +217,15 @@ def test_models_with_other_classes_are_not_set_side_by_side(runs: dict[str, Path
         known_classes([one, other])
     assert load_model is not load_run
     assert tiny_backbone().preprocessing.size == 16
+
+
+def test_the_count_holds_for_all_sources_together(folder: Path) -> None:
+    """And none of them is out of reach behind another."""
+    (folder / "broken.png").unlink()
+    kinds = set()
+    for seed in range(8):
+        shown, _, total = read_images(["digits", str(folder)], size=8, count=3, seed=seed)
+        assert len(shown) == 3
+        assert total == 450 + 3
+        kinds |= {"file" if image.name.endswith(".png") else "set" for image in shown}
+    assert kinds == {"file", "set"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from cl_kernels.compare.arms import ARMS
 from cl_kernels.compare.planner import Plan
+from cl_kernels.compare.runner import OutOfTime
 from cl_kernels.compare.tuning import at_the_edge, candidates, describe, ranked_by_rule, tune
 
 
@@ -83,6 +84,47 @@ class Rated:
 
     def get(self, kind: str, key: Any) -> dict[str, bool]:
         return {"cut": False}
+
+
+class Stopped(Rated):
+    """The budget ends inside the second rung."""
+
+    reserve, cushion = 1.0, 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[tuple[int, int], bool] = {}
+        self.cushions: list[float] = []
+
+    def tune(self, arm: Any, options: dict[str, Any], size: int, repeat: int, epochs: int) -> dict[str, Any]:
+        self.cushions.append(self.cushion)
+        if epochs == 4:
+            raise OutOfTime
+        return super().tune(arm, options, size, repeat, epochs)
+
+    def get(self, kind: str, key: Any) -> dict[str, bool]:
+        return {"cut": self.kept.get((key["anchor"], key["rung"]), False)}
+
+    def put(self, kind: str, key: Any, value: dict[str, bool], **told: Any) -> None:
+        self.kept[key["anchor"], key["rung"]] = value["cut"]
+
+    def spent(self) -> float:
+        return 0.0
+
+    stages: ClassVar[dict[str, float]] = {}
+
+
+def test_a_rung_that_the_budget_ended_stays_ended() -> None:
+    """A resumed run must not get further there, and the sweep's time is not for rungs that can be done without."""
+    plan = Plan([100], 2, 4, 4, [100], {100: 1}, 100, 10)
+    made: Any = Stopped()
+    first = tune(made, [ARMS["full"]], plan, 50.0)["full"].entries(100)
+    assert made.kept == {(100, 1): True}
+    assert made.cushions == [0.0] * 4 + [50.0]
+    assert made.cushion == 0.0
+    tried = len(made.cushions)
+    assert tune(made, [ARMS["full"]], plan, 50.0)["full"].entries(100) == first
+    assert len(made.cushions) == tried + 4, "the second rung is not tried again"
 
 
 def test_settings_that_went_out_stand_behind_those_of_the_last_rung() -> None:

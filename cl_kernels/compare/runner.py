@@ -25,13 +25,15 @@ class OutOfTime(Exception):
 
 @dataclass
 class Runner:
-    """Trains arms on subsets. `deadline` is the number of seconds that must be left for what comes after the trials."""
+    """Trains arms on subsets. `reserve` seconds must be left for what comes after the trials, and `cushion` besides for
+    the sweep, while tuning trials run that could be done without."""
 
     session: Session
     cache: Cache
     budget: Budget
     rates: Rates
     reserve: float = 0.0
+    cushion: float = 0.0
     on_trial: Callable[[str, str], None] | None = None
 
     def tune(self, arm: Arm, options: dict[str, Any], size: int, repeat: int, epochs: int) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class Runner:
             arm, options, session.backbone.model, self.inputs(arm, rows), session.labels[rows],
             classes=session.classes, epochs=epochs, batch_size=batch_size(size), seed=seed,
             validation=validation, test_images=test, test_every=test_every,
-            deadline=lambda: self.budget.left() < self.reserve,
+            deadline=lambda: self.budget.left() < self.reserve + self.cushion,
         )  # fmt: skip
         if trial.status == "stopped":
             raise OutOfTime

@@ -61,14 +61,18 @@ def tune(runner: Runner, arms: Sequence[Arm], plan: Plan, cushion: float) -> dic
         for rung, (count, epochs) in enumerate(rungs(plan.trials, plan.epochs_at(anchor))):
             if (number or rung) and _cut(runner, plan, arms, anchor, rung, cushion):
                 break
+            runner.cushion = cushion if number or rung else 0.0
             try:
                 ranked = {
                     arm.name: _rung(runner, arm, alive[arm.name][:count], plan, anchor, rung, epochs) for arm in arms
                 }
             except OutOfTime:
-                if number or rung:
-                    break
-                raise
+                if not (number or rung):
+                    raise
+                _keep_cut(runner, anchor, rung, True)
+                break
+            finally:
+                runner.cushion = 0.0
             for name, entries in ranked.items():
                 found[name].trials += entries
                 ranking = ranked_by_rule(entries)
@@ -99,13 +103,18 @@ def ranked_by_rule(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cut(runner: Runner, plan: Plan, arms: Sequence[Arm], anchor: int, rung: int, cushion: float) -> bool:
     """Whether tuning ends before this rung; remembered, so that a resumed run ends it there too."""
+    found = runner.cache.get("cut", {"anchor": anchor, "rung": rung})
+    if found is not None:
+        return bool(found["cut"])
+    cost = cost_of_rung(plan, runner.rates, [arm.name for arm in arms], anchor, rung)
+    cut = cost + cushion > runner.budget.left() - runner.reserve
+    _keep_cut(runner, anchor, rung, cut)
+    return cut
+
+
+def _keep_cut(runner: Runner, anchor: int, rung: int, cut: bool) -> None:
     key = {"anchor": anchor, "rung": rung}
-    found = runner.cache.get("cut", key)
-    if found is None:
-        cost = cost_of_rung(plan, runner.rates, [arm.name for arm in arms], anchor, rung)
-        found = {"cut": cost + cushion > runner.budget.left() - runner.reserve}
-        runner.cache.put("cut", key, found, spent=runner.budget.spent(), stages=runner.budget.stages)
-    return bool(found["cut"])
+    runner.cache.put("cut", key, {"cut": cut}, spent=runner.budget.spent(), stages=runner.budget.stages)
 
 
 def _rung(

@@ -87,9 +87,9 @@ def integrated_gradients(
             asked = None if query is None else query[left]
             values[left] = _quadrature(view, images[left], start[left], columns[left], asked, size, batch_size)
             error[left], used[left] = _error(values[left], change[left]), size
-            left = (error > tolerance).nonzero().flatten() if size < max_nodes else left[:0]
+            left = (~(error <= tolerance)).nonzero().flatten() if size < max_nodes else left[:0]
             size = min(2 * size, max_nodes)
-    flagged = error > tolerance
+    flagged = ~(error <= tolerance)  # an error of NaN is no proof
     if bool(flagged.any()):
         warnings.warn(
             f"integrated gradients: {int(flagged.sum())} of {len(flagged)} images are not complete to {tolerance:.1%} "

@@ -101,8 +101,8 @@ def read_images(
         elif path.is_file() and path.suffix.lower() != ".npz":
             files.append((path, path.parent.name))
         elif path.is_file() or source in data.names():
-            drawn, available = _from_data(source, size, count, seed)
-            shown += drawn
+            of_set, available = _from_data(source, size, count, seed)
+            shown += of_set
             total += available
         else:
             raise FileNotFoundError(
@@ -113,13 +113,17 @@ def read_images(
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
         files = [files[int(place)] for place in order]
     broken: list[str] = []
+    drawn = len(shown)
     for file, folder in files:
-        if len(shown) >= count:
+        if len(shown) - drawn >= count:
             break
         try:
             shown.append(Shown(os.fspath(file), read_picture(file, at_least=size), folder))
         except BrokenImageError as error:
             broken.append(str(error))
+    if len(shown) > count:  # of several sources: each has its chance
+        kept = torch.randperm(len(shown), generator=torch.Generator().manual_seed(seed))[:count]
+        shown = [shown[place] for place in sorted(kept.tolist())]
     if not shown:
         raise ValueError(f"images: none of {len(files)} pictures can be read; first: {broken[0] if broken else 'none'}")
     return shown, broken, total
