@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,7 +209,8 @@ def test_pytest_benchmark_collects_the_same_cases(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--bench-quick", "--benchmark-only"]
     command += ["benchmarks/bench_distillation.py", "-k", "kl and forward", "--benchmark-json", str(kept)]
     command += ["--benchmark-max-time", "0.01", "--benchmark-min-rounds", "2", "--benchmark-warmup", "off"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "bench_distillation.py::kl 16x50 float32 forward::eager torch PASSED" in done.stdout
     found = {one["name"]: one for one in json.loads(kept.read_text())["benchmarks"]}

@@ -70,10 +70,15 @@ def survive(server: Server, tmp_path: Path, kills: int, seed: int, **config: Any
     expected = results(reference)
     assert results(tmp_path / "timed") == expected
     rng, number, killed, in_between = random.Random(seed), 0, 0, 0
-    while killed < kills:
+
+    def enough() -> bool:
+        """Also kills behind a checkpoint: on a machine whose speed changes they may all come before it at first."""
+        return killed >= kills and (in_between >= kills // 3 or killed >= 5 * kills)
+
+    while not enough():
         out = tmp_path / f"run {number}"
         number += 1
-        while not (out / "results.json").exists() and killed < kills:
+        while not (out / "results.json").exists() and not enough():
             status = server.run(rng.uniform(0.0, 0.7 * length), **config, out=str(out), resume=True)
             assert status in (0, -signal.SIGKILL)
             killed += status != 0
