@@ -421,6 +421,47 @@ class TestProtection:
         row = subspaces.side_report(ops.null_space_projector(covariance, rules.Rank(3), mix=eta), covariance)
         assert (row["protected"], row["energy"]) == pytest.approx(expected)
 
+    @pytest.mark.parametrize("normalize", [None, "fro"])
+    @pytest.mark.parametrize("eta", [0.9, 1.0])
+    def test_a_soft_edge_is_counted_like_a_hard_one(self, eta: float, normalize: Any) -> None:
+        values = torch.tensor([9.0, 8.0, 7.0, *[1e-3] * 5], dtype=torch.float64)
+        basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.manual_seed(0))).Q
+        covariance = (basis * values) @ basis.mT
+        rows = [
+            subspaces.side_report(
+                ops.null_space_projector(covariance, rules.Rank(3), mix=eta, normalize=normalize, solver=solver),
+                covariance,
+            )
+            for solver in ("eigh", "filter")
+        ]
+        assert rows[0]["protected"] == rows[1]["protected"] == 3
+        for key in ("gain", "energy"):
+            assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-3)
+
+    def test_what_protects_nothing_or_all_is_reported_so_whatever_its_form(self) -> None:
+        covariance = torch.eye(6, dtype=torch.float64)
+        for gain, expected in ((0.0, (6, 1.0)), (0.3, (0, 0.0)), (1.0, (0, 0.0))):
+            row = subspaces.side_report(Projector.from_dense(gain * covariance), covariance)
+            assert (row["protected"], row["energy"]) == expected
+
+    @pytest.mark.parametrize("name", ["null-space", "adam-nscl", "nsp2", "nsp2-exact"])
+    def test_a_soft_edge_trains_and_goes_on_from_its_state(self, name: str) -> None:
+        made: dict[str, Any] = {edge: methods.create(name, tiny_model(), edge=edge) for edge in ("hard", "soft")}
+        for method in made.values():
+            for task in TASKS[:2]:
+                train(method, task)
+        hard, soft = (torch.cat([p.detach().flatten() for _, p in m._body()]) for m in made.values())
+        assert not torch.equal(hard, soft)
+        kept = [Sides.of(projector).right for projector in made["soft"].store.values()]
+        assert kept
+        assert all(right is not None and right.dense is not None for right in kept)
+        again: Any = methods.create(name, tiny_model(), edge="soft")
+        again.load_state_dict(made["soft"].state_dict())
+        for method in (made["soft"], again):
+            train(method, TASKS[2])
+        for (_, mine), (_, theirs) in zip(made["soft"]._body(), again._body(), strict=True):
+            assert torch.equal(mine, theirs)
+
     @pytest.mark.parametrize("eta", [1.0, 0.97])
     def test_rms_gain_is_what_white_updates_see(self, eta: float) -> None:
         # method-null-space.md 14.1, property 2, and the table of section 5

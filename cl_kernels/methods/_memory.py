@@ -44,11 +44,12 @@ class Memory(Protocol):
 
 class Cut(NamedTuple):
     """B = mix P / (||P||_F if normalize == "fro" else 1) + (1 - mix) I, P the projector onto what `rule` leaves
-    free."""
+    free. `solver`: "eigh" cuts hard, "filter" with a soft edge."""
 
     rule: Rule
     mix: float = 1.0
     normalize: Literal["fro"] | None = None
+    solver: Literal["eigh", "filter"] = "eigh"
 
 
 class Accumulated:
@@ -81,9 +82,9 @@ class Accumulated:
                 self.statistics[name][side] = total
                 if side in self.cuts:
                     seen = total if self.fold is None else self.fold(name, side, total)
-                    rule, mix, normalize = self.cuts[side]
-                    # "eigh": a thin basis and a countable rank on every device; once a task it may cost what it does
-                    projector = null_space_projector(seen, rule, mix=mix, normalize=normalize, solver="eigh")
+                    rule, mix, normalize, solver = self.cuts[side]
+                    # not "auto": the same edge on every device; once a task it may cost what it does
+                    projector = null_space_projector(seen, rule, mix=mix, normalize=normalize, solver=solver)
                     made.setdefault(name, {})[side] = projector, seen
         return made
 

@@ -35,22 +35,30 @@ Report = dict[str, dict[str, dict[str, Any]]]
 @dataclass(frozen=True, kw_only=True)
 class CutOptions(Options):
     """rule: which directions are protected, see `parse_rule`; eta: weight of the projector against the identity;
-    normalize: "fro" divides the projector by its Frobenius norm, "none" does not."""
+    normalize: "fro" divides the projector by its Frobenius norm, "none" does not; edge: "hard", or "soft", which lets
+    directions near the cut through in part (`null_space_projector` with the solver "filter")."""
 
     rule: str = "energy:0.95"
     eta: float = 1.0
     normalize: str = "none"
+    edge: str = "hard"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rule("rule", self.rule)
         require("eta", number(self.eta, 0.0, 1.0), "a number in [0, 1]", self.eta)
         require("normalize", self.normalize in ("fro", "none"), "fro or none", self.normalize)
+        require("edge", self.edge in ("hard", "soft"), "hard or soft", self.edge)
 
     @property
     def norm(self) -> Literal["fro"] | None:
         """`normalize` as `null_space_projector` takes it."""
         return None if self.normalize == "none" else "fro"
+
+    @property
+    def solver(self) -> Literal["eigh", "filter"]:
+        """`edge` as `null_space_projector` takes it."""
+        return "filter" if self.edge == "soft" else "eigh"
 
 
 def parse_rule(name: str, text: str, floor: float = 0.0) -> rules.Rule:
@@ -105,7 +113,13 @@ def scaled_identity(projector: Projector | None) -> Projector | None:
 
 def protected_energy(covariance: Tensor, projector: Projector) -> float:
     """The share of `covariance`'s trace inside the protected directions; NaN-free: 0 for a zero matrix, and for c I."""
-    total, span = float(covariance.diagonal().sum()), float(projector.span)
+    total = float(covariance.diagonal().sum())
+    if projector.dense is not None:
+        low, high = _ends(projector.dense)
+        if total <= 0 or low == high:
+            return float(high == 0 and total > 0)
+        return (high - float((covariance.double() * projector.dense.double()).sum()) / total) / (high - low)
+    span = float(projector.span)
     if total <= 0 or span == 0:
         return 0.0
     basis = projector.basis.to(covariance)
@@ -120,7 +134,7 @@ def side_report(
 
     `before`: the report of the task before. `added`: how many more directions are protected now; `tasks_left`: how many
     tasks that add as many still fit, None (JSON has no infinity) where the last one added none."""
-    protected = protected_rank(projector) or 0
+    protected = _soft_rank(projector.dense) if projector.dense is not None else protected_rank(projector) or 0
     added = protected - (before["protected"] if before else 0)
     return {
         "dim": projector.dim,
@@ -130,6 +144,20 @@ def side_report(
         "added": added,
         "tasks_left": (projector.dim - protected) // added if added > 0 else None,
     }
+
+
+def _ends(dense: Tensor) -> tuple[float, float]:
+    """The smallest and the largest gain of a dense projector; (c, c) for c I, to the rounding of float32."""
+    gains = torch.linalg.eigvalsh(dense.double())
+    low, high = float(gains[0]), float(gains[-1])
+    return (low, high) if high - low > 1e-5 * abs(high) else (high, high)
+
+
+def _soft_rank(dense: Tensor) -> int:
+    """How many directions get less than the mean of the smallest and the largest gain: at tau a soft edge is 1/2. All
+    where the matrix is 0."""
+    low, high = _ends(dense)
+    return len(dense) if high == 0 else int((torch.linalg.eigvalsh(dense.double()) < (low + high) / 2).sum())
 
 
 def matched(sides: Sides) -> Sides:

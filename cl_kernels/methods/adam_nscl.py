@@ -94,7 +94,7 @@ class AdamNSCL(Projected):
 
     def _new_memory(self) -> Memory:
         options = self.options
-        cut = Cut(parse_rule("rule", options.rule, options.floor), options.eta, options.norm)
+        cut = Cut(parse_rule("rule", options.rule, options.floor), options.eta, options.norm, options.solver)
         return Accumulated({"left": cut, "right": cut}, "rows" if options.accumulation == "mean" else "sum")
 
     def _new_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:

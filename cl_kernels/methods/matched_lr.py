@@ -27,8 +27,8 @@ class MatchedOptions(BodyOptions):
     * base: "prompts" is the control of nsp2, "full" that of null-space.
     * scale: a number multiplies the body's learning rate from task 2 on; "auto" gives every layer the RMS gain of the
       projector that the projecting method would use there, measured task by task.
-    * rule, rule_left, eta, eta_left, normalize, weighting, accumulation, sides: of the projecting method (None: its
-      default).
+    * rule, rule_left, eta, eta_left, normalize, edge, weighting, accumulation, sides: of the projecting method (None:
+      its default).
     """
 
     scale: float | str = "auto"
@@ -37,6 +37,7 @@ class MatchedOptions(BodyOptions):
     eta: float | None = None
     eta_left: float | None = None
     normalize: str | None = None
+    edge: str | None = None
     weighting: str | None = None
     accumulation: str | None = None
     sides: str | None = None

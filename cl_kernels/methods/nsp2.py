@@ -27,6 +27,7 @@ class NSP2Options(CutOptions, RefineOptions, PromptOptions):
 
     * eta: weight of the normalised projector against the identity, both sides; eta_left: on the M x M side (None: eta).
     * normalize: "fro" divides each projector by its Frobenius norm, "none" does not.
+    * edge: "hard" or "soft", both sides.
     * rule, rule_left: which directions are protected, see `parse_rule`; rule_left None: as `rule`.
     * weighting: "batches" sums the means of the batches of the statistics pass (official: 100 images), "rows" all.
     * accumulation: "sum" adds the statistics of the tasks, "mean" averages them by numbers of images (both official).
@@ -85,8 +86,9 @@ class NSP2(ProjectedPrompts):
             parse_rule("rule_left", options.rule_left or options.rule),
             options.eta if options.eta_left is None else options.eta_left,
             options.norm,
+            options.solver,
         )
-        right = Cut(parse_rule("rule", options.rule), options.eta, options.norm)
+        right = Cut(parse_rule("rule", options.rule), options.eta, options.norm, options.solver)
         cuts = {side: cut for side, cut in (("left", left), ("right", right)) if options.sides in ("both", side)}
         return Accumulated(cuts, "images" if options.accumulation == "mean" else "sum", self._folded)
 

@@ -21,6 +21,7 @@ class NullSpaceOptions(CutOptions, WeightOptions):
     * rule: which input directions are protected, "energy:0.95" by default, see `parse_rule`.
     * eta: weight of the projector against the identity.
     * normalize: "fro" is what Adam-NSCL does; it shrinks the step by 1 / sqrt(free directions).
+    * edge: "soft" lets directions near the cut through in part.
     """
 
     allowed_targets: ClassVar[tuple[str, ...]] = LINEAR_TARGETS
@@ -41,4 +42,5 @@ class NullSpace(ProjectedWeights):
     options: NullSpaceOptions
 
     def _new_memory(self) -> Memory:
-        return Accumulated({"right": Cut(parse_rule("rule", self.options.rule), self.options.eta, self.options.norm)})
+        options = self.options
+        return Accumulated({"right": Cut(parse_rule("rule", options.rule), options.eta, options.norm, options.solver)})
