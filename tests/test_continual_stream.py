@@ -253,8 +253,33 @@ class TestSources:
         for wrong, said in (({"classes": (3, 9)}, "within 0:5, got 3:9"), ({"per_class": 0}, "images_per_class")):
             with pytest.raises(ValueError, match=said):
                 data.part_of(second, **wrong)
-        with pytest.raises(ValueError, match="not of the join"):
-            data.part_of(data.joined(self.sets()), classes=(0, 1))
+
+    @pytest.mark.parametrize(
+        ("classes", "parts"),
+        [((0, 8), (("a", 0), ("b", 3))), ((1, 5), (("a", 0), ("b", 2))), ((3, 8), (("b", 0),)), ((1, 3), (("a", 0),))],
+    )
+    def test_a_part_of_a_join_knows_where_its_sets_begin(
+        self, classes: tuple[int, int], parts: tuple[tuple[str, int], ...]
+    ) -> None:
+        both = data.joined(self.sets())
+        part = data.part_of(both, classes=classes)
+        assert part.parts == parts
+        assert part.class_names == both.class_names[classes[0] : classes[1]]
+        for name, start in part.parts:
+            assert part.class_names[start].startswith(f"{name}: ")
+            assert start == 0 or not part.class_names[start - 1].startswith(f"{name}: ")
+
+    def test_groups_of_class_names_are_sources(self) -> None:
+        named = dataclasses.replace(with_labels([0, 1, 2, 3, 4], 5), class_names=["a/1", "a/2", "a/3", "b/1", "b/2"])
+        made = stream.source_incremental(named, 2, 0)
+        assert [sorted(task.classes) for task in made] == [[0, 1, 2], [3, 4]]
+        for names in (
+            ["a/1", "b/1", "a/2", "b/2", "b/3"],
+            ["a/1", "a/2", "b", "b/1", "b/2"],
+            [f"a/{i}" for i in range(5)],
+        ):
+            with pytest.raises(ValueError, match="joined by"):
+                stream.source_incremental(dataclasses.replace(named, class_names=names), 2)
 
     def test_names_joined_by_plus(self) -> None:
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

@@ -54,8 +54,9 @@ class RunConfig:
         out: directory for results.json, metrics.jsonl and checkpoints/; None writes nothing.
         resume: continue from ``out/checkpoints``, from the beginning when there is none.
         overwrite: without ``resume``, allow ``out`` to hold an earlier run, which is then replaced.
-        stream: ``class`` (new classes per task), ``source`` (the same, of one joined data set after another) or
-            ``domain`` (the same classes in new domains, one shared head).
+        stream: ``class`` (new classes per task), ``source`` (the same, of one joined data set, or one group of class
+            names such as "Greek/character01", after another) or ``domain`` (the same classes in new domains, one
+            shared head).
         domains: of ``continual.transforms.names()``, or a corruption and its severity ("fog@3"), one per task of a
             domain stream; in another stream they are applied to the tasks in turn (one
             name: to every task), none by default.

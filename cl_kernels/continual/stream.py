@@ -101,16 +101,20 @@ def class_incremental(
 
 
 def source_incremental(data: Dataset, tasks: int, seed: int | None = 0, *, domains: Sequence[str] = ()) -> list[Task]:
-    """The classes of one data set after another, in the order of a join (`cl_kernels.data.joined`).
+    """The classes of one data set after another, in the order of a join (`cl_kernels.data.joined`), or of one group
+    after another, where all class names are "group/class": the alphabets of Omniglot.
 
     Every set is dealt into as many tasks, the first sets into one more where `tasks` does not divide; classes are
     shuffled within their set. Raises `ValueError` for data that are no join, fewer tasks than sets, and what
     `class_incremental` raises for.
     """
-    parts: Sequence[tuple[str, int]] = getattr(data, "parts", ())
+    parts: Sequence[tuple[str, int]] = getattr(data, "parts", ()) or _groups(data.class_names)
     classes = _known_classes(data)
     if not parts:
-        raise ValueError(f"data: a stream of sources needs several sets joined by '+', got {data.name}")
+        raise ValueError(
+            "data: a stream of sources needs several sets joined by '+', or class names such as 'group/class', "
+            f"got {data.name}"
+        )
     if tasks < len(parts):
         raise ValueError(f"tasks: expected at least one per data set ({len(parts)}), got {tasks}")
     starts = [start for _, start in parts]
@@ -125,6 +129,19 @@ def source_incremental(data: Dataset, tasks: int, seed: int | None = 0, *, domai
         base, rest = divmod(stop - start, count)
         sizes += [base + (i < rest) for i in range(count)]
     return _dealt(data, order, sizes, domains)
+
+
+def _groups(names: Sequence[str]) -> list[tuple[str, int]]:
+    """What stands before the "/" in the class names, and where each begins; empty unless all have one, group by group."""
+    found: dict[str, int] = {}
+    last = None
+    for place, name in enumerate(names):
+        group, slash, _ = name.partition("/")
+        if not slash or (group != last and group in found):
+            return []
+        found.setdefault(group, place)
+        last = group
+    return list(found.items()) if len(found) > 1 else []
 
 
 def _dealt(data: Dataset, order: Sequence[int], sizes: Sequence[int], domains: Sequence[str]) -> list[Task]:

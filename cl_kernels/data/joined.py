@@ -58,16 +58,20 @@ def joined(sets: Sequence[ImageData]) -> ImageData:
 
 def part_of(data: ImageData, *, classes: tuple[int, int] | None = None, per_class: int | None = None) -> ImageData:
     """The classes from ``classes[0]`` up to ``classes[1]``, numbered anew from 0; of each all test images, and at most
-    ``per_class`` training images, the first ones. Raises ``ValueError`` naming the argument that does not fit."""
+    ``per_class`` training images, the first ones. Of a join the range counts through all its sets. Raises ``ValueError`` naming the argument that does not fit."""
     train, test = data.train, data.test
     if classes is not None:
         start, stop = classes
         if not 0 <= start < stop <= len(data.class_names):
             raise ValueError(f"classes: expected a range within 0:{len(data.class_names)}, got {start}:{stop}")
-        if data.parts:
-            raise ValueError(f"classes: give a range of one data set, not of the join {data.name}")
+        ends = [begin for _, begin in data.parts[1:]] + [len(data.class_names)]
+        kept = [
+            (name, max(begin - start, 0))
+            for (name, begin), end in zip(data.parts, ends if data.parts else [], strict=True)
+            if max(begin, start) < min(end, stop)
+        ]
         train, test = (_renumbered(part.of_classes(range(start, stop)), start) for part in (train, test))
-        data = dataclasses.replace(data, class_names=data.class_names[start:stop])
+        data = dataclasses.replace(data, class_names=data.class_names[start:stop], parts=tuple(kept))
     if per_class is not None:
         if per_class < 1:
             raise ValueError(f"images_per_class: expected at least 1, got {per_class}")
