@@ -132,7 +132,7 @@ def source_incremental(data: Dataset, tasks: int, seed: int | None = 0, *, domai
 
 
 def _groups(names: Sequence[str]) -> list[tuple[str, int]]:
-    """What stands before the "/" in the class names, and where each begins; empty unless all have one, group by group."""
+    """What stands before the "/" in class names, and where each begins; empty unless all have it, group by group."""
     found: dict[str, int] = {}
     last = None
     for place, name in enumerate(names):

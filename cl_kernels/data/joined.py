@@ -58,7 +58,8 @@ def joined(sets: Sequence[ImageData]) -> ImageData:
 
 def part_of(data: ImageData, *, classes: tuple[int, int] | None = None, per_class: int | None = None) -> ImageData:
     """The classes from ``classes[0]`` up to ``classes[1]``, numbered anew from 0; of each all test images, and at most
-    ``per_class`` training images, the first ones. Of a join the range counts through all its sets. Raises ``ValueError`` naming the argument that does not fit."""
+    ``per_class`` training images, the first ones. Of a join the range counts through all its sets. Raises
+    ``ValueError`` naming the argument that does not fit."""
     train, test = data.train, data.test
     if classes is not None:
         start, stop = classes
