@@ -12,7 +12,7 @@ from typing import Any
 
 from cl_kernels.benchmarks import records, spread
 
-__all__ = ["Change", "changes", "differences", "shown", "threshold"]
+__all__ = ["Change", "cases", "changes", "differences", "shown", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], above: float) -> list[Chan
                 )
             )  # fmt: skip
     return found
+
+
+def cases(report: dict[str, Any]) -> set[str]:
+    """Every case that the report has times of, called as in its `not_run`."""
+    return {f"{result['room']}: {result['case']}" for result in report["results"]}
 
 
 def _timed(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -123,6 +123,31 @@ def test_what_is_no_regression(
     assert command("bench", "--compare", str(old), "--fail-above", above)[0] == 0, why
 
 
+def test_what_gave_no_time_does_not_pass_for_as_fast(
+    command: Run, measured: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    old = tmp_path / "old.json"
+    records.write(old, report(ours=1.0, torch=3.0))
+    late = report(ours=1.0) | {"results": [], "not_run": {"covariance: c": "not run: the time was up"}}
+    measured += [late] * 2
+    code, out, _ = command("bench", "--compare", str(old), "--fail-above", "5%")
+    assert code == 1
+    assert "1 cases of the old report gave no time, so may be slower, such as covariance: c" in out
+    assert command("bench", "--compare", str(old))[0] == 0, "without a limit it is told, and no error"
+
+
+def test_a_process_that_hangs_is_ended_and_told(monkeypatch: pytest.MonkeyPatch, command: Run) -> None:
+    def process(words: list[str], timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+        assert timeout > suite.GRACE_S
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr(suite.subprocess, "run", process)
+    monkeypatch.setattr(records, "_output", lambda *_: "")
+    code, text, _ = command("bench", "import", "--device", "cpu", "--passes", "2", "--budget", "10s")
+    assert code == 1
+    assert "WRONG: import: import cl_kernels: failed: its process was ended after" in text
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
@@ -194,7 +219,10 @@ def test_two_processes_make_one_report(monkeypatch: pytest.MonkeyPatch, command:
     words = ("covariance", "import", "--device", "cpu", "--out", str(out), "--json", str(tmp_path / "all.json"))
     code, text, _ = command("bench", *words, "--passes", "2", "--budget", "60s")
     assert code == 1
-    assert "WRONG: import: failed with exit code -11" in text
+    assert "WRONG: import: import cl_kernels: failed: its process ended with exit code -11" in text
+    lost = [line for line in text.splitlines() if line.startswith("WRONG: covariance: ")]
+    assert lost, "cases that a process did not come to are no success"
+    assert all(line.endswith("failed: its process ended with exit code 0") for line in lost)
     found = records.read(tmp_path / "all.json")
     blocks = found["results"][0]["rows"][0]["blocks"]
     assert [round(values[0], 6) for values in blocks] == [1.1, 1.122, 1.3, 1.326], "two passes of the stand-in's two"
