@@ -6,6 +6,7 @@ import importlib.util
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ _INK = "#010203"
 
 _WIDEST = 11.0  # inches of cells side by side, about a page's width
 _LEGIBLE = 5.0  # points
+_NAMES = 17  # of a legend's column, as many as the height of a chart holds
 
 
 def available() -> bool:
@@ -81,6 +83,8 @@ def scatter(
     points: Mapping[str, tuple[Spread, Spread]], *, xlabel: str, ylabel: str, alt: str, key: str, percent: bool = True
 ) -> str:
     """One point a method at its means, with bars of one standard deviation over seeds; x is logarithmic."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes = _figure(6.8, 3.9)
     scale = 100.0 if percent else 1.0
     for index, (label, (x, y)) in enumerate(points.items()):
@@ -89,18 +93,50 @@ def scatter(
             color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], markersize=6, linewidth=1.2,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color=_INK, alpha=0.15, linewidth=0.8)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, handlelength=1.2)
+    columns = math.ceil(len(points) / _NAMES)
+    figure.set_figwidth(6.8 + 2.0 * (columns - 1))
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, handlelength=1.2, ncols=columns
+    )
     return _svg(figure, key, alt)
 
 
 def standalone(svg: str, *, ink: str = "#222222") -> str:
-    """An inline chart as a file of its own: with its namespace, on white, and its text in one colour."""
+    """An inline chart as a file of its own: with its namespace, on white, and its text in one colour.
+
+    It has a third of the bytes of the inline one: coordinates to a hundredth of a point, fonts and styles said once,
+    only the ids that something refers to.
+    """
+    font = re.search(r"font-family: [^;\"]*", svg)
     names = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-    body = svg.replace("<svg ", names, 1).replace('style="', f'style="background: #ffffff; color: {ink}; ', 1)
-    return body + "\n"
+    style = f'style="background: #ffffff; color: {ink}; '
+    if font is not None:
+        svg = re.sub(re.escape(font[0]) + "(; )?", "", svg)
+        style += f"{font[0]}; "
+    body = svg.replace("<svg ", names, 1).replace('style="', style, 1)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r'="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), body)
+    reference = r'(href="#|url\(#|aria-labelledby=")([^")]+)'
+    short = {name: f"i{number}" for number, (_, name) in enumerate(re.findall(reference, body))}
+    body = re.sub(r' id="([^"]+)"', lambda found: f' id="{short[found[1]]}"' if found[1] in short else "", body)
+    body = re.sub(reference, lambda found: found[1] + short[found[2]], body)
+    body = re.sub(
+        r' d="[^"]*"', lambda found: re.sub(r"\s*([A-Za-z])\s+", r"\1", found[0][4:-1]).join((' d="', '"')), body
+    )
+    body, groups = re.sub(r">\s+<", "><", body), 1
+    while groups:  # without an id these say nothing
+        body, groups = re.subn(r"<g>((?:(?!</?g[ >]).)*)</g>", r"\1", body, flags=re.DOTALL)
+    often = [style for style, count in Counter(re.findall(r' style="([^"]*)"', body)).items() if count > 2]
+    for number, said in enumerate(often):
+        body = body.replace(f' style="{said}"', f' class="c{number}"')
+    rules = "".join(f".c{number} {{ {said} }}" for number, said in enumerate(often))
+    return body.replace("</title>", f"</title><style>{rules}</style>", 1) + "\n"
 
 
 def heat_map(

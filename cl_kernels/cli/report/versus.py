@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import charts
 from .paired import Difference, paired
 from .summary import MEASURES, Group, Measure, Section, Spread, accuracy_curve, forgetting_curve
 
-__all__ = ["costs", "figures", "markdown", "versus"]
+__all__ = ["costs", "difference_table", "figures", "markdown", "reading", "result_table", "slug", "verdict", "versus"]
 
+KINDS = ("accuracy", "forgetting", "tasks", "cost")
 _COMPARED = ("average_accuracy", "shift_accuracy", "forgetting", "task_accuracy")
 
 
@@ -23,25 +25,32 @@ def versus(found: Section, against: str | None) -> dict[str, Any] | None:
     for group in found.groups:
         if group is not reference:
             differences = [(m, paired(group, reference, m)) for m in measures]
-            rows.append({"label": group.label, "cells": [_cell(m, d) for m, d in differences]})
+            rows.append({"label": group.label, "cells": [reading(m, d) for m, d in differences]})
     return {"against": against, "measures": measures, "rows": rows}
 
 
-def _cell(measure: Measure, found: Difference | None) -> dict[str, Any]:
-    """A difference in words: the mean, Student's interval, the bootstrap's, and what may be said of it."""
+def verdict(measure: Measure, found: Difference | None) -> str:
+    """What Student's interval carries: better, worse, not told apart, or why there is none."""
     if found is None:
-        return {"text": "–", "bootstrap": "–", "seeds": 0, "verdict": "no common seed"}
-    verdict = "not told apart"
+        return "no common seed"
     if found.student is None:
-        verdict = "one seed"
-    elif found.told_apart:
-        verdict = "better" if (found.mean > 0) == (measure.better == "higher") else "worse"
+        return "one seed"
+    if not found.told_apart:
+        return "not told apart"
+    return "better" if (found.mean > 0) == (measure.better == "higher") else "worse"
+
+
+def reading(measure: Measure, found: Difference | None) -> dict[str, Any]:
+    """A difference in words: the mean and Student's interval, the bootstrap's, and what may be said of it."""
+    told = verdict(measure, found)
+    if found is None:
+        return {"text": "–", "bootstrap": "–", "seeds": 0, "verdict": told}
     text = f"{found.mean * measure.scale:+.{measure.digits}f}{_interval(found.student, measure)}"
     return {
         "text": text,
         "bootstrap": _interval(found.bootstrap, measure).strip() or "–",
         "seeds": found.seeds,
-        "verdict": verdict,
+        "verdict": told,
     }
 
 
@@ -70,20 +79,20 @@ def costs(found: Section, key: str) -> dict[str, str] | None:
     return {"caption": "What accuracy costs", "svg": svg}
 
 
-def figures(found: Section, key: str) -> dict[str, str]:
-    """The charts of one stream as SVG files, by file name."""
+def figures(found: Section, key: str, *, kinds: Sequence[str] = KINDS) -> dict[str, str]:
+    """The charts of one stream as SVG files, by file name; `kinds` are some of `KINDS`."""
     drawn: dict[str, str] = {}
-    if found.groups[0].tasks > 1:
-        for name, of, label in (
-            ("accuracy", accuracy_curve, "average accuracy (%)"),
-            ("forgetting", forgetting_curve, "forgetting (points)"),
-        ):
+    for name, of, label in (
+        ("accuracy", accuracy_curve, "average accuracy (%)"),
+        ("forgetting", forgetting_curve, "forgetting (points)"),
+    ):
+        if name in kinds and found.groups[0].tasks > 1:
             series = {group.label: group.curve(of) for group in found.groups}
             alt = f"{label} after each task, {found.title}"
             drawn[f"{key}-{name}.svg"] = charts.curves(series, ylabel=label, key=f"{key}-{name}", alt=alt)
-    for index, group in enumerate(found.groups):
-        drawn[f"{key}-tasks-{_slug(group.label)}.svg"] = _heat(group, f"{key}-m{index}")
-    bought = costs(found, key)
+    for index, group in enumerate(found.groups if "tasks" in kinds else ()):
+        drawn[f"{key}-tasks-{slug(group.label)}.svg"] = _heat(group, f"{key}-m{index}")
+    bought = costs(found, key) if "cost" in kinds else None
     if bought is not None:
         drawn[f"{key}-cost.svg"] = bought["svg"]
     return {name: charts.standalone(svg) for name, svg in drawn.items()}
@@ -99,21 +108,35 @@ def _heat(group: Group, key: str) -> str:
 
 def markdown(found: Section, against: str | None) -> str:
     """The stream's results, and its differences to `against`, as Markdown tables."""
-    measures = found.measures()
-    lines = [f"## {found.title}", "", _row(["method", *(m.title for m in measures), "seeds"]), _rule(len(measures) + 1)]
-    for group in found.groups:
-        lines.append(_row([group.label, *(m.text(group.spread(m)) for m in measures), str(len(group.results))]))
-    table = versus(found, against)
-    if table is not None:
+    lines = [f"## {found.title}", "", result_table(found, found.measures())]
+    told = difference_table(found, against)
+    if told:
         lines += [
             "",
             f"Minus {against}, seed by seed: mean [95 % interval by Student's t]; bootstrap interval; reading.",
             "",
+            told,
         ]
-        lines += [_row(["method", *(m.title for m in table["measures"]), "seeds"]), _rule(len(table["measures"]) + 1)]
-        for row in table["rows"]:
-            cells = [f"{c['text']}; {c['bootstrap']}; {c['verdict']}" for c in row["cells"]]
-            lines.append(_row([row["label"], *cells, str(max(c["seeds"] for c in row["cells"]))]))
+    return "\n".join(lines)
+
+
+def result_table(found: Section, measures: Sequence[Measure]) -> str:
+    """One line a method: mean and deviation over seeds of each measure."""
+    lines = [_row(["method", *(m.title for m in measures), "seeds"]), _rule(len(measures) + 1)]
+    for group in found.groups:
+        lines.append(_row([group.label, *(m.text(group.spread(m)) for m in measures), str(len(group.results))]))
+    return "\n".join(lines)
+
+
+def difference_table(found: Section, against: str | None) -> str:
+    """One line a method: its differences to `against` in words; empty where the stream has no such method."""
+    table = versus(found, against)
+    if table is None:
+        return ""
+    lines = [_row(["method", *(m.title for m in table["measures"]), "seeds"]), _rule(len(table["measures"]) + 1)]
+    for row in table["rows"]:
+        cells = [f"{c['text']}; {c['bootstrap']}; {c['verdict']}" for c in row["cells"]]
+        lines.append(_row([row["label"], *cells, str(max(c["seeds"] for c in row["cells"]))]))
     return "\n".join(lines)
 
 
@@ -125,5 +148,6 @@ def _rule(numbers: int) -> str:
     return "|---|" + "---:|" * numbers
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """`text` as a part of a file name."""
     return "".join(c if c.isalnum() else "-" for c in text)

@@ -1,0 +1,173 @@
+"""The answers of docs/results.md: a table of paired differences for each question, and the sentences they carry."""
+
+from __future__ import annotations
+
+from results_data import ACCURACY, DRIFT, END_TASK, ENERGY, FORGETTING, KNOWN, NOT_YET, SHARE, Book, group_of
+from results_words import BOTH, MISSING, READ, Pair, best, divided, pairs, sentence
+
+from cl_kernels.cli.report.summary import Section
+from cl_kernels.cli.report.versus import difference_table, result_table
+
+AGAINST, HEADS = "class-mean", "linear"
+#: (method, what it is compared with, what the difference shows)
+STEP: tuple[Pair, ...] = (
+    ("nsp2", "sequential", "NSP2 against its prompts, each at its best rate"),
+    ("nsp2", "sequential, rate of nsp2", "all that NSP2 adds"),
+    ("matched-lr", "sequential, rate of nsp2", "the smaller step alone"),
+    ("nsp2", "matched-lr", "the direction alone"),
+    ("nsp2", "sequential, small step", "against the best constant smaller step"),
+    ("null-space", "full", "the projection against none, each at its best rate"),
+    ("null-space matched", "full", "the smaller step, and its rate"),
+    ("null-space", "null-space matched", "the direction alone"),
+    ("null-space", "full, small step", "against the best constant smaller step"),
+    ("gpm", "sgd, nothing protected", "what GPM's projection adds"),
+)
+#: (method, the same with steps as small, without either)
+SPLIT = (("nsp2", "matched-lr", "sequential, rate of nsp2"), ("null-space", "null-space matched", "full"))
+EXACT: tuple[Pair, ...] = (("nsp2-exact", "nsp2", "LayerNorm folded exactly"),)
+STUDENT: tuple[Pair, ...] = (
+    ("kdp (student)", "student alone", "what the teacher adds"),
+    ("kdp (student)", "class-mean (student)", "against no training"),
+)
+RULES = ("null-space", "nsp2", "adam-nscl", "gpm")
+LORAC = ("lorac", "lorac-ipc")
+INFERENCE = ("last", "batch", "instance", "known")
+SOFT = ", soft edge"
+
+
+def methods(book: Book, section: Section) -> str:
+    """One stream: all methods, and what beats class means."""
+    lines = [result_table(section, section.measures()), ""]
+    same = comparable(section)
+    table = difference_table(same, AGAINST)
+    if not table:
+        return "\n".join([*lines, f"The comparison with `{AGAINST}` is {NOT_YET}."])
+    for measure in (*BOTH, KNOWN):
+        for group in same.groups:
+            if group.label != AGAINST:
+                book.difference(same, group.label, AGAINST, measure)
+    told = [f"* {divided(book, same, AGAINST, measure)}" for measure in BOTH]
+    told += [f"* {divided(book, same, HEADS, ACCURACY)}"] if group_of(same, HEADS) else []
+    return "\n".join([*lines, f"Minus `{AGAINST}`, seed by seed. {READ}", "", table, "", *told])
+
+
+def comparable(section: Section) -> Section:
+    """The methods on the backbone of class-mean: a student's is smaller."""
+    reference = group_of(section, AGAINST)
+    if reference is None:
+        return section
+    backbone = reference.results[0]["config"]["backbone"]
+    return Section(section.title, [g for g in section.groups if g.results[0]["config"]["backbone"] == backbone])
+
+
+def split(book: Book, section: Section) -> list[str]:
+    """How the gain of a projection divides into its smaller step and its direction, where there is a gain to divide."""
+    told = []
+    for label, matched, plain in SPLIT:
+        for measure in BOTH:
+            whole, step, rest = (
+                book.difference(section, one, other, measure)
+                for one, other in ((label, plain), (matched, plain), (label, matched))
+            )
+            if whole is None or step is None or rest is None:
+                continue
+            name, scale = measure.short, measure.scale
+            if not whole.told_apart:
+                apart = f"`{label}` and `{plain}` are not told apart, so there is no gain to divide"
+                told.append(f"* {section.title}, {name}: {apart}.")
+                continue
+            verdict = book.verdict(section, label, matched, measure)
+            told.append(
+                f"* {section.title}, {name}: of `{label}`'s {scale * whole.mean:+.1f} points against `{plain}`, "
+                f"{scale * step.mean:+.1f} come with the smaller step and {scale * rest.mean:+.1f} with the "
+                f"direction ({verdict})."
+            )
+    return told
+
+
+def variants(section: Section, base: str) -> list[str]:
+    """The rows "BASE: VARIANT" of a stream."""
+    return [group.label for group in section.groups if group.label.startswith(f"{base}: ")]
+
+
+def step(book: Book) -> str:
+    told = [line for section in book.reported for line in split(book, section)]
+    table = pairs(book, STEP, book.reported, (ACCURACY, FORGETTING, KNOWN, DRIFT))
+    return "\n".join([READ, "", table, "", *told]) if table != MISSING else MISSING
+
+
+def exact(book: Book) -> str:
+    """The exact form on every stream, then its parts."""
+    table = pairs(book, EXACT, book.reported, (ACCURACY, FORGETTING, KNOWN, DRIFT))
+    lines = [READ, "", table, "", f"* {sentence(book, 'nsp2-exact', 'nsp2', book.reported)}"]
+    parts = [
+        (label, base, "a part of it")
+        for section in book.asked
+        for label in variants(section, "nsp2-exact")
+        for base in ("nsp2-exact", "nsp2")
+    ]
+    lines += ["", "Its parts:", "", pairs(book, list(dict.fromkeys(parts)), book.asked, (ACCURACY, FORGETTING, DRIFT))]
+    return "\n".join(lines)
+
+
+def rules(book: Book) -> str:
+    """Each rank rule with what it costs, then what may be said of the least forgetting, and of the soft edge."""
+    lines: list[str] = []
+    for section in book.asked:
+        for base in RULES:
+            rows = variants(section, base)
+            if not rows:
+                continue
+            groups = [g for g in section.groups if g.label in (base, *rows)]
+            shown = Section(section.title, groups)
+            wanted = [ACCURACY, FORGETTING, DRIFT, SHARE, ENERGY, END_TASK]
+            measures = [m for m in wanted if any(g.spread(m) is not None for g in groups)]
+            lines += [f"**{section.title}: `{base}`**{_rule(section, base)}", "", result_table(shown, measures), ""]
+            lines += [best(book, shown, measure) for measure in BOTH]
+            lines.append("")
+    soft = [
+        (row, row.removesuffix(SOFT), "soft edge against hard")
+        for section in book.asked
+        for base in RULES
+        for row in variants(section, base)
+        if row.endswith(SOFT)
+    ]
+    table = pairs(book, list(dict.fromkeys(soft)), book.asked, (ACCURACY, FORGETTING, DRIFT, SHARE))
+    return "\n".join([*(lines or [MISSING, ""]), "The soft edge against the hard one:", "", table])
+
+
+def _rule(section: Section, base: str) -> str:
+    group = group_of(section, base)
+    if group is None:
+        return ""
+    options = group.results[0]["config"].get("options", {})
+    said = ", ".join(f"{key} {item}" for key, item in options.items()) or "its defaults"
+    return f" (the row `{base}` is the study's, with {said})"
+
+
+def lorac(book: Book) -> str:
+    """LoRAC by what is known of a test image, against one adapter trained on and on."""
+    streams = book.everywhere()
+    wanted: list[Pair] = []
+    again = any(group_of(section, "sequential-lora: last") for section in book.asked)
+    other = "sequential-lora: last" if again else "sequential-lora"
+    for base in LORAC:
+        wanted.append((base, "sequential-lora", "the study's row, image by image"))
+        wanted += [(f"{base}: {how}", other, how) for how in INFERENCE]
+        wanted += [(f"{base}: {how}", f"{base}: last", f"{how} against last") for how in INFERENCE[1:]]
+    lines = []
+    for section in book.asked:
+        names = [f"{b}: {how}" for b in LORAC for how in INFERENCE]
+        groups = [g for g in section.groups if g.label in (*names, "sequential-lora: last", "sequential-lora")]
+        if any(g.label in names for g in groups):
+            shown = Section(section.title, groups)
+            lines += [f"**{section.title}**", "", result_table(shown, shown.measures()), ""]
+    table = pairs(book, wanted, streams, (ACCURACY, FORGETTING, KNOWN))
+    told = [f"* {sentence(book, base, 'sequential-lora', streams)}" for base in LORAC]
+    return "\n".join([*(lines or [MISSING, ""]), READ, "", table, "", *told])
+
+
+def distilled(book: Book) -> str:
+    table = pairs(book, STUDENT, book.reported, (ACCURACY, FORGETTING, KNOWN))
+    told = [f"* {sentence(book, label, against, book.reported)}" for label, against, _ in STUDENT]
+    return "\n".join([READ, "", table, "", *told])

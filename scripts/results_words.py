@@ -1,0 +1,86 @@
+"""Differences in words: tables of pairs, and the sentences that their intervals carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from results_data import ACCURACY, FORGETTING, NOT_YET, Book, listed
+
+from cl_kernels.cli.report.summary import Measure, Section
+
+BOTH = (ACCURACY, FORGETTING)
+#: (method, what it is compared with, what the difference shows)
+Pair = tuple[str, str, str]
+READ = "Each cell: mean difference [95 % interval by Student's t]; bootstrap interval; what may be said."
+MISSING = f"*This is {NOT_YET}.*"
+
+
+def divided(book: Book, section: Section, against: str, measure: Measure, labels: Sequence[str] | None = None) -> str:
+    """Who is better than `against`, who worse, and of whom neither may be said."""
+    names = [g.label for g in section.groups if g.label != against] if labels is None else labels
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(book.verdict(section, name, against, measure), []).append(name)
+    parts = [f"{told}: {listed(found.pop(told, []))}" for told in ("better", "not told apart", "worse")]
+    parts += [f"{told}: {listed(rest)}" for told, rest in found.items()]
+    return f"{_name(measure)} against `{against}`: {'; '.join(parts)}."
+
+
+def _name(measure: Measure) -> str:
+    return measure.title.partition(" (")[0]
+
+
+def pairs(book: Book, wanted: Sequence[Pair], streams: Iterable[Section], measures: Sequence[Measure]) -> str:
+    """Differences of each pair on each stream that has both."""
+    lines = [
+        "| stream | difference | what it shows | " + " | ".join(m.title for m in measures) + " | seeds |",
+        "|---|---|---|" + "---:|" * (len(measures) + 1),
+    ]
+    for section in streams:
+        for label, against, shows in wanted:
+            found = book.difference(section, label, against, ACCURACY)
+            if found is not None:
+                cells = [book.words(section, label, against, measure) for measure in measures]
+                told = [section.title, f"`{label}` - `{against}`", shows, *cells, str(found.seeds)]
+                lines.append("| " + " | ".join(told) + " |")
+    return "\n".join(lines) if len(lines) > 2 else MISSING
+
+
+def across(book: Book, label: str, against: str, measure: Measure, streams: Iterable[Section]) -> str:
+    """Of one pair: on which streams it is better, worse or neither; empty where no stream has both."""
+    found: dict[str, list[str]] = {}
+    for section in streams:
+        told = book.difference(section, label, against, measure)
+        if told is not None:
+            verdict = book.verdict(section, label, against, measure)
+            number = f"{told.mean * measure.scale:+.{measure.digits}f}"
+            found.setdefault(verdict, []).append(f"{section.title} ({number})")
+    if not found:
+        return ""
+    order = sorted(found, key=lambda v: ("better", "worse", "not told apart", "one seed").index(v))
+    return f"{measure.short}: " + "; ".join(f"{verdict} on {', '.join(found[verdict])}" for verdict in order)
+
+
+def sentence(book: Book, label: str, against: str, streams: Sequence[Section]) -> str:
+    """`label` against `against` in accuracy and forgetting over all streams, as far as they were run."""
+    parts = [told for measure in BOTH if (told := across(book, label, against, measure, streams))]
+    return (
+        f"`{label}` against `{against}`, in points. " + (". ".join(_first(p) for p in parts) or _first(NOT_YET)) + "."
+    )
+
+
+def _first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def best(book: Book, section: Section, measure: Measure) -> str:
+    """The row with the best mean, and which others its intervals tell from it; that it was picked counts against it."""
+    pick = max if measure.better == "higher" else min
+    means = {g.label: s.mean for g in section.groups if (s := g.spread(measure)) is not None}
+    first = pick(means, key=lambda label: means[label])
+    apart = [
+        label for label in means
+        if label != first and book.verdict(section, first, label, measure) in ("better", "worse")
+    ]  # fmt: skip
+    rest = [label for label in means if label not in (first, *apart)]
+    return f"* Best mean in {measure.short}: `{first}`; told apart from {listed(apart)}; not from {listed(rest)}."
