@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cl_kernels import methods
-from cl_kernels.continual import checkpoint, workers
+from cl_kernels import data, methods
+from cl_kernels.continual import checkpoint, transforms, workers
 from cl_kernels.continual.config import RunConfig
 from cl_kernels.continual.trainer import run
 from cl_kernels.errors import CheckpointError
@@ -63,7 +63,7 @@ def load_plan(
     the working directory, as on the command line. ``only`` keeps the rows with these labels.
 
     Every run is checked before the first one starts: raises `ValueError` naming the file, the row and what is wrong
-    (with the nearest names), `FileNotFoundError` for a missing file.
+    (with the nearest names), `FileNotFoundError` for a missing settings file.
     """
     file, folder = Path(path), Path(out)
     wanted = _read(file)
@@ -178,10 +178,23 @@ def _job(file: Path, out: Path, number: int, layers: tuple[Mapping[str, Any], ..
     job = Job(label, title, str(out / "runs" / f"{slug}-seed{seed}"), fields)
     try:
         options = fields["options"] | ({"lr": fields["lr"]} if fields.get("lr") is not None else {})
-        methods.check(job.config().method, **options)
-    except (TypeError, ValueError) as error:
+        config = job.config()
+        methods.check(config.method, **options)
+        _check_names(config)
+    except (TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{file}: row {label!r}: {error}") from error
     return job
+
+
+def _check_names(config: RunConfig) -> None:
+    """Data, domains and backbone files that are not there, told now and not by every run."""
+    data.check(config.data)
+    for name in config.domains:
+        transforms.get(name)
+    for field_name in ("backbone", "teacher", "weights", "teacher_weights"):
+        text = str(getattr(config, field_name) or "")
+        if text.endswith(".safetensors") and not Path(text).is_file():
+            raise FileNotFoundError(f"{field_name} {text!r}: there is no such file")
 
 
 def _distinct(file: Path, jobs: Iterable[Job]) -> None:

@@ -6,7 +6,7 @@ from a file. Nothing here opens a network connection.
 """
 
 from cl_kernels.data.backbones import Backbone, load_backbone
-from cl_kernels.data.catalog import load, names
+from cl_kernels.data.catalog import check, load, names
 from cl_kernels.data.joined import joined, part_of
 from cl_kernels.data.preprocess import Preprocessing
 from cl_kernels.data.sets import ImageData, ImageSet
@@ -16,6 +16,7 @@ __all__ = [
     "ImageData",
     "ImageSet",
     "Preprocessing",
+    "check",
     "joined",
     "load",
     "load_backbone",

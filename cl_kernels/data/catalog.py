@@ -13,7 +13,7 @@ from cl_kernels.data.joined import joined
 from cl_kernels.data.sets import ImageData
 from cl_kernels.data.shards import load_shard
 
-__all__ = ["load", "names"]
+__all__ = ["check", "load", "names"]
 
 FOLDER_VARIABLE = "CL_KERNELS_DATA"
 
@@ -60,8 +60,7 @@ def load(
     if not 0 <= split_seed < 2**63:
         raise ValueError(f"split_seed must lie in 0..2**63-1, got {split_seed}")
     text = os.fspath(name_or_path)
-    if "+" in text and not Path(text).expanduser().exists():
-        parts = [part.strip() for part in text.split("+")]
+    if parts := _joined_names(text):
         return joined([load(part, split_seed=split_seed, strict=strict, image_size=image_size) for part in parts])
     if text == "digits":
         return load_digits(split_seed=split_seed, image_size=image_size)
@@ -75,6 +74,21 @@ def load(
     if path.suffix != ".npz":
         raise ValueError(f"data must be a folder or an .npz shard, got the file {path}")
     return load_shard(path, strict=strict, image_size=image_size)
+
+
+def check(name_or_path: str | os.PathLike[str]) -> None:
+    """Raise what `load` raises for names and paths that are not there, without reading any data."""
+    text = os.fspath(name_or_path)
+    for part in _joined_names(text) or [text]:
+        if part != "digits" and not part.startswith(("torchvision:", "hf:")):
+            _find(part)
+
+
+def _joined_names(text: str) -> list[str]:
+    """The names that `text` joins by "+"; empty where it is one."""
+    if "+" not in text or Path(text).expanduser().exists():
+        return []
+    return [part.strip() for part in text.split("+")]
 
 
 def _find(text: str) -> Path:
