@@ -39,15 +39,23 @@ def expanded_gram(q: Tensor, slices: Tensor) -> Tensor:
     return flat.mT @ flat
 
 
-def nsp2_statistics(model: Any, forward: Callable[[], Tensor]) -> Tensor:
-    """VPT-NSP2, reading a pass: J1 = q W_k of every head, the whole softmax, a Gram of each, layer by layer."""
-    sums: list[Tensor] = []
+def nsp2_statistics(
+    model: Any, forward: Callable[[], Tensor], sums: dict[int, tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
+    """VPT-NSP2, reading a pass: J1 = q W_k of every head, the whole softmax, a Gram of each, layer by layer.
+
+    `sums`: by block, (C1 [D, D], C2 [M, M]) so far; the means of each batch are added.
+    """
+    found = {} if sums is None else sums
 
     def read(block: int, q: Tensor, mass: Tensor) -> None:
         weight = model.key_weight(block).unflatten(0, (q.shape[1], -1))
         rows = torch.einsum("bhnd,hdw->bhnw", q, weight).flatten(0, 2)
-        sums.append(rows.mT @ rows / len(rows))
-        sums.append(mass.flatten(0, 2).mT @ mass.flatten(0, 2) / len(rows))
+        right = rows.mT @ rows / len(rows)
+        left = mass.flatten(0, 2).mT @ mass.flatten(0, 2) / len(rows)
+        if block in found:
+            right, left = found[block][0] + right, found[block][1] + left
+        found[block] = right, left
 
     with model.observe(read):
         return forward()
@@ -139,6 +147,7 @@ def prompts_as_rows(model: Any, x: Tensor) -> Tensor:
     for index, block in enumerate(body.blocks):
         prompt = model.prompts[index].expand(len(x), -1, -1)
         rows = block(torch.cat((rows[:, :1], prompt, rows[:, 1 if index == 0 else 1 + count :]), 1))
+    rows = torch.cat((rows[:, :1], rows[:, 1 + count :]), 1)  # a head that averages would see them
     features: Tensor = body.forward_head(body.norm(rows), pre_logits=True)
     return features
 

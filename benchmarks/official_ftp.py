@@ -108,10 +108,13 @@ def sgd(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False, d
 
 
 class Released:
-    """Steps an `ftp_variants.State` in place, tensor by tensor."""
+    """Steps an `ftp_variants.State`, or anything with its fields, in place, tensor by tensor.
 
-    def __init__(self, s: Any) -> None:
-        self.s = s
+    `speed`: the radius's learning rate, 0 where radii stand still; `taken`: how many steps were before.
+    """
+
+    def __init__(self, s: Any, speed: float = 0.0, taken: float = STEPS) -> None:
+        self.s, self.speed, self.before = s, speed, taken
         self.cached = [torch.empty_like(p) for p in s.params]
         self.inverse = [torch.empty_like(rows(p)[:, :1]) for p in s.params]
         self.radii = [torch.empty_like(step) for step in s.steps]
@@ -120,6 +123,7 @@ class Released:
         self.reset()
 
     def reset(self) -> None:
+        self.taken = self.before
         for i, (p, anchor) in enumerate(zip(self.s.params, self.s.anchors, strict=True)):
             torch.sub(p, anchor, out=self.cached[i])
             self.inverse[i].copy_(1 / (torch.linalg.vector_norm(rows(self.cached[i]), 1, dim=1, keepdim=True) + 1e-8))
@@ -129,6 +133,10 @@ class Released:
 
     def bytes(self) -> int:
         return sum(t.nbytes for t in self.cached)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds beside weights, anchors and Adam's moments."""
+        return [*self.cached, *self.inverse, *self.radii, *(t for pair in self.averages for t in pair)]
 
     def direction(self, i: int) -> Tensor:
         g, m, v = self.s.grads[i], self.s.first[i], self.s.second[i]
@@ -142,6 +150,7 @@ class Released:
         return self.s.lr / (1 - BETA1**t) * (m / denominator)
 
     def step(self) -> None:
+        self.taken += 1
         for i, (p, g, anchor) in enumerate(zip(self.s.params, self.s.grads, self.s.anchors, strict=True)):
             self.s.steps[i] += 1
             c = (p - self.direction(i)) - anchor
@@ -152,10 +161,10 @@ class Released:
             a, b = self.averages[i]
             a.mul_(RADIUS_BETA1).add_(h, alpha=1 - RADIUS_BETA1)
             b.mul_(RADIUS_BETA2).addcmul_(h, h, value=1 - RADIUS_BETA2)
-            t = STEPS + 1
+            t = self.taken
             unit = (a / (1 - RADIUS_BETA1**t)) / ((b / (1 - RADIUS_BETA2**t)).sqrt() + 1e-8)
             # The released code hands the bound over as a tensor; torch reads it on the host.
-            self.radii[i].copy_(hardtanh(self.radii[i] - 0.0 * unit, FLOOR, norms.max().item()))
+            self.radii[i].copy_(hardtanh(self.radii[i] - self.speed * unit, FLOOR, norms.max().item()))
             ratio = torch.clamp(self.radii[i] / norms, 0, 1)
             p.copy_((rows(anchor) + ratio * rows(c)).view_as(p))
             self.cached[i].copy_(c)
