@@ -9,27 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results_data import NOT_YET, ROOT, STUDIES, Book, group_of
+from results_data import NOT_YET, REPORTED, ROOT, STUDIES, Book, group_of
 from results_words import MISSING
 
 from cl_kernels.cli.report.summary import Group, Section, Spread
 
 FOLDERS = (ROOT / "benchmarks" / "backbones", ROOT / "cl_kernels" / "data" / "weights")
 SIXTH = 5
-COMMANDS = {
-    "study": ("cl-kernels study examples/study.toml --out out/study", "out/study"),
-    "study_domains": ("cl-kernels study examples/study_domains.toml --out out/study_domains", "out/study_domains"),
-    "study_questions": (
-        "cl-kernels study examples/study_questions.toml --out out/study_questions",
-        "out/study_questions",
-    ),
-}
 #: What the studies are meant to hold: (what, how a run shows that it is there).
 WANTED = (
     ("a stream of twenty tasks", lambda config: config.get("tasks") == 20),
     ("groceries", lambda config: "grocery" in config["data"].lower()),
     ("alphabets (Omniglot)", lambda config: "omniglot" in config["data"].lower()),
-    ("one data set after another", lambda config: config.get("stream") == "source"),
+    ("one data set after another", lambda config: config.get("stream") == "source" and "+" in config["data"]),
     ("new domains", lambda config: config.get("stream") == "domain"),
 )
 
@@ -56,7 +48,9 @@ def _given(record: Mapping[str, Any]) -> str:
 def _cell(value: Any, digits: int | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.{digits}f}" if digits is not None and isinstance(value, int | float) else str(value)
+    if digits is None:
+        return f"{value:.0e}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}f}"
 
 
 def _seconds(section: Section) -> str:
@@ -81,13 +75,13 @@ def _task(group: Group, task: int, parts: Sequence[str] = ("train", "end_task"))
     return None if spread is None else spread.mean
 
 
-def norms() -> str:
+def norms(folders: Sequence[Path] = FOLDERS) -> str:
     """The spread of norm1.weight of every block of every backbone that the repository holds."""
     from safetensors.torch import load_file
 
     lines = ["| backbone | block | min | max | mean | deviation / mean |", "|---|---:|---:|---:|---:|---:|"]
     spreads: dict[str, list[float]] = {}
-    for path in (path for folder in FOLDERS for path in sorted(folder.glob("*.safetensors"))):
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
         weights = load_file(path)
         for name in sorted(name for name in weights if name.endswith("norm1.weight")):
             values = weights[name].double().tolist()
@@ -102,7 +96,7 @@ def norms() -> str:
 def settings(book: Book) -> str:
     """What was chosen for each method, and of how many trials."""
     lines: list[str] = []
-    for study in STUDIES[:2]:
+    for study in REPORTED:
         tuning = book.kept.get(f"{study}_tuning")
         lines += [f"**Settings of `{study}`**", ""]
         if tuning is None:
@@ -114,15 +108,17 @@ def settings(book: Book) -> str:
             f"{' or '.join(map(str, counts))} trials a method, each with the seeds {seeds}, on the classes "
             f"{run['classes']} of {run['data']}, {tuning['seconds'] / 60:.0f} minutes of one thread in all.",
             "",
-            "| method | learning rate | options | accuracy in the trials (%) |",
-            "|---|---:|---|---:|",
+            "| method | learning rate | at an end of those tried | options | accuracy in the trials (%) |",
+            "|---|---:|---|---|---:|",
         ]
         for label, entry in tuning["methods"].items():
             chosen = entry["chosen"]
             scores = next(t["scores"] for t in entry["trials"] if {k: t[k] for k in t if k != "scores"} == chosen)
             spread = Spread.of(scores)
             options = ", ".join(f"{key} {item}" for key, item in chosen.get("options", {}).items())
-            lines.append(f"| {label} | {chosen['lr']:g} | {options} | {'–' if spread is None else spread.text()} |")
+            rates = [trial["lr"] for trial in entry["trials"]]
+            end = {min(rates): "lowest", max(rates): "highest"}.get(chosen["lr"], "")
+            lines.append(f"| {label} | {chosen['lr']:g} | {end} | {options} | {spread.text() if spread else '–'} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -149,8 +145,9 @@ def streams(book: Book) -> str:
 def machine(book: Book) -> str:
     """Commands, machines and thread-minutes of every study."""
     lines = ["```console"]
-    for name, (command, folder) in COMMANDS.items():
-        lines += [f"$ {command}", f"$ python scripts/results_page.py --keep {name} {folder}/results.json"]
+    for name in STUDIES:
+        lines.append(f"$ cl-kernels study examples/{name}.toml --out out/{name}")
+        lines.append(f"$ python scripts/results_page.py --keep {name} out/{name}/results.json")
     lines += ["```", ""]
     for name in STUDIES:
         record = book.kept.get(name)

@@ -15,8 +15,10 @@ from cl_kernels.cli.report.versus import reading, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-STUDIES = ("study", "study_domains", "study_questions")
-OTHERS = ("sixth_task", "study_tuning", "study_domains_tuning")
+#: The main one first; that of the questions last: its rows are variants, which no table of all methods shows.
+MAIN, QUESTIONS = "study", "study_questions"
+REPORTED = (MAIN, *sorted({path.stem for path in ROOT.glob("examples/study_*.toml")} - {QUESTIONS}))
+STUDIES = (*REPORTED, QUESTIONS)
 NOT_YET = "not yet run"
 
 _PLAIN = (
@@ -63,12 +65,15 @@ def rounded(value: Any, digits: int = 5) -> Any:
     return [rounded(item, digits) for item in value] if isinstance(value, list) else value
 
 
+def said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings without those that say nothing."""
+    return {key: item for key, item in config.items() if item is not False and item not in (None, [], {})}
+
+
 def compact(run: Result) -> dict[str, Any]:
     """Of a run in the format of results.json what tables, figures and a sceptical reader need, in at most 4 KB."""
     kept = {key: run[key] for key in _PLAIN if key in run}
-    kept["config"] = {
-        key: item for key, item in run["config"].items() if item is not False and item not in (None, [], {})
-    }
+    kept["config"] = said(run["config"])
     if run.get("task_incremental"):
         kept["task_incremental"] = run["task_incremental"]
     drift = run.get("feature_drift") or {}
@@ -102,7 +107,8 @@ def keep(record: Mapping[str, Any], path: Path) -> None:
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any] | None]:
     """Every kept file by name; None where there is none yet."""
-    paths = {name: folder / f"{name}.json" for name in STUDIES + OTHERS}
+    names = (*STUDIES, *(f"{name}_tuning" for name in REPORTED), "sixth_task")
+    paths = {name: folder / f"{name}.json" for name in names}
     return {
         name: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for name, path in paths.items()
     }
@@ -126,9 +132,9 @@ class Book:
     counted: dict[tuple[str, str, str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.reported = [section for name in STUDIES[:2] for section in self._sections(name)]
-        self.main = self.reported[0] if self.kept.get("study") is not None else None
-        self.asked = [self._beside(section) for section in self._sections("study_questions")]
+        self.reported = [section for name in REPORTED for section in self._sections(name)]
+        self.main = self.reported[0] if self.kept.get(MAIN) is not None else None
+        self.asked = [self._beside(section) for section in self._sections(QUESTIONS)]
 
     def _sections(self, name: str) -> list[Section]:
         record = self.kept.get(name)

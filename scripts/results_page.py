@@ -4,7 +4,8 @@ python scripts/results_page.py --keep study out/study/results.json   keeps the r
 python scripts/results_page.py                                       writes page, figures and section from what is kept
 python scripts/results_page.py --check                               changes nothing, exits with 1 if a text differs
 
-`--keep` takes study, study_domains or study_questions. What has not been run stands on the page as "not yet run".
+`--keep` takes the name of a settings file of examples/, study or study_*. What has not been run stands on the page as
+"not yet run".
 """
 
 from __future__ import annotations

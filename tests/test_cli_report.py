@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from html_pages import Page
@@ -282,3 +284,31 @@ def test_how_far_weights_went_from_their_anchors() -> None:
     assert "1.23 % (radius 0.061, 50 % of rows, 100 % of steps) 25.00 %" in page.text
     assert "full, seed 0" not in page.text
     assert "How far the weights" not in Page(render([result("full", 0)])).text
+
+
+@pytest.mark.parametrize("draw", ["curves", "scatter", "heat"])
+def test_a_figure_as_a_file_loses_bytes_and_no_word(draw: str) -> None:
+    needs_matplotlib()
+    rng = random.Random(0)
+    names = [f"method {i}, #{i}" for i in range(9)]
+    lines = {name: [Spread(rng.random(), 0.1, 3)] * 4 for name in names}
+    points = {name: (Spread(3.0 + rng.random(), 0.1, 3), Spread(0.5, 0.1, 3)) for name in names}
+    cells = [[rng.random() for _ in range(5)] for _ in range(5)]
+    made: dict[str, Callable[[], str]] = {
+        "curves": lambda: charts.curves(lines, ylabel="y", alt="a <b>", key="k-x"),
+        "scatter": lambda: charts.scatter(points, xlabel="s", ylabel="y", alt="0.12345 s", key="k-x"),
+        "heat": lambda: charts.heat_map(cells, alt="map", key="k-x", rows=list("12345"), columns=list("12345"),
+                                        xlabel="x", ylabel="y"),
+    }  # fmt: skip
+    inline = made[draw]()
+    alone = charts.standalone(inline)
+    assert len(alone) < 0.7 * len(inline)
+
+    def said(svg: str) -> list[str]:
+        return [text for text in (t.strip() for t in ElementTree.fromstring(svg).itertext()) if text]
+
+    named = '<svg xmlns:xlink="http://www.w3.org/1999/xlink" '
+    assert said(re.sub(r"<style>.*?</style>", "", alone)) == said(inline.replace("<svg ", named, 1))
+    ids = re.findall(r' id="([^"]+)"', alone)
+    assert sorted(ids) == sorted(set(re.findall(r'(?:href="#|url\(#|labelledby=")([^")]+)', alone)))
+    assert set(re.findall(r' class="([^"]+)"', alone)) == set(re.findall(r"\.(c\d+) ", alone))

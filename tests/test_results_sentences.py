@@ -1,0 +1,137 @@
+"""The sentences of docs/results.md follow from the intervals, and from nothing else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from results_runs import (
+    BASE,
+    DOWN,
+    LOST,
+    NOISE,
+    UP,
+    cost,
+    data,
+    kept,
+    page,
+    record,
+    run,
+    sample,
+    shifted,
+    tables,
+    words,
+)  # fmt: skip
+
+
+def test_better_worse_and_not_told_apart() -> None:
+    book = data.Book(kept(sample()))
+    (stream,) = book.reported
+    said = words.divided(book, stream, "matched-lr", data.ACCURACY)
+    for told, names in (("better", ["`nsp2`", "`nsp2-exact`"]), ("worse", ["`sequential, rate of nsp2`", "`linear`"])):
+        part = said.split(f"{told}: ")[1].split(";")[0]
+        assert set(names) <= set(re.findall(r"`[^`]+`", part))
+    for name in ("nsp2", "nsp2-exact", "linear", "class-mean", "sequential, rate of nsp2"):
+        assert said.count(f"`{name}`") == 1, "every method is in one group"
+    assert book.verdict(stream, "nsp2-exact", "nsp2", data.ACCURACY) == "worse"
+    assert book.verdict(stream, "linear", "class-mean", data.ACCURACY) == "not told apart"
+    assert book.verdict(stream, "nsp2", "matched-lr", data.FORGETTING) == "better", "less forgetting is better"
+
+
+def test_the_two_parts_of_a_gain_are_the_gain() -> None:
+    book = data.Book(kept(sample()))
+    told = tables.split(book, book.reported[0])
+    assert len(told) == 2, "accuracy and forgetting of nsp2; null-space was not run"
+    whole, step, rest = map(float, re.findall(r"[+-]\d+\.\d", told[0]))
+    assert step == pytest.approx(5.1)
+    assert whole == pytest.approx(step + rest, abs=0.11)
+    noisy = record(("sequential, rate of nsp2", BASE, LOST), ("matched-lr", BASE, LOST), ("nsp2", shifted(NOISE), LOST))
+    book = data.Book(kept(noisy))
+    assert all("no gain to divide" in line for line in tables.split(book, book.reported[0]))
+
+
+def test_every_comparison_counts_once() -> None:
+    book = data.Book(kept(sample()))
+    first = page.blocks(book)
+    total = int(re.findall(r"make (\d+) comparisons", first["count"])[0])
+    assert total == len(book.counted)
+    assert page.blocks(book) == first
+    cells = [told for text in first.values() for told in re.findall(r"; (better|worse|not told apart) (?=\|)", text)]
+    heads = len(sample()["runs"]) // 3 - 1
+    assert total == len(cells) + heads, "those against `linear` stand in a sentence alone"
+    apart = int(re.findall(r"and (\d+) of them tell", first["count"])[0])
+    assert apart == sum(verdict != "not told apart" for verdict in book.counted.values())
+    assert re.findall(r"^\| (\S+) .*\| yes \|$", page.section(book), re.MULTILINE) == ["nsp2"], (
+        "by hand: 0.102 ± 0.090; that of nsp2-exact is 0.081 ± 0.090"
+    )
+
+
+def test_the_best_row_and_what_it_is_told_from() -> None:
+    asked = record(
+        ("null-space: a", BASE, LOST), ("null-space: b", shifted(UP), LOST), ("null-space: c", shifted(NOISE), LOST)
+    )
+    book = data.Book(kept(None, study_questions=asked))
+    said = words.best(book, book.asked[0], data.ACCURACY)
+    assert said == (
+        "* Best mean in accuracy: `null-space: b`; told apart from `null-space: a`; not from `null-space: c`."
+    )
+
+
+def test_a_students_backbone_is_not_compared_with_another() -> None:
+    study = sample()
+    for seed in range(3):
+        study["runs"].append(run("student alone", seed, 0.9, 0.0))
+        study["runs"][-1]["config"]["backbone"] = "embedded-small"
+    book = data.Book(kept(study))
+    said = tables.methods(book, book.reported[0])
+    assert "| student alone | 90.0" in said
+    assert "`student alone`" not in said
+    assert "| student alone | 90.0 ± 0.0 | 0.0 ± 0.0 | another backbone |" in page.section(book)
+
+
+def test_variants_meet_the_studys_rows_of_the_very_same_stream_only() -> None:
+    asked = record(
+        ("nsp2-exact: no gain", shifted(DOWN), LOST),
+        ("null-space: energy:0.9", BASE, LOST),
+        ("null-space: energy:0.9, soft edge", shifted(UP), LOST),
+    )
+    book = data.Book(kept(sample(), study_questions=asked))
+    assert "| a stream | `nsp2-exact: no gain` - `nsp2-exact` |" in tables.exact(book)
+    rules = tables.rules(book)
+    assert "| a stream | `null-space: energy:0.9, soft edge` - `null-space: energy:0.9` |" in rules
+    assert "; better |" in rules
+    assert "| 25.0 ± 0.0 | 85.0 ± 0.0 | 1.00 ± 0.00 |" in rules, "directions, energy, seconds of end_task"
+    for one in asked["runs"]:
+        one["config"]["epochs"] = 3
+    apart = data.Book(kept(sample(), study_questions=asked))
+    assert "`nsp2-exact: no gain` - " not in tables.exact(apart)
+    assert len(apart.everywhere()) == 2
+
+
+def test_lorac_by_what_it_knows() -> None:
+    asked = record(
+        ("sequential-lora: last", BASE, LOST),
+        ("lorac: instance", shifted(DOWN), LOST),
+        ("lorac: known", shifted(UP), LOST),
+    )
+    said = tables.lorac(data.Book(kept(None, study_questions=asked)))
+    rows = {line.split(" | ")[1]: line for line in said.splitlines() if line.startswith("| a stream |")}
+    assert "; worse |" in rows["`lorac: instance` - `sequential-lora: last`"]
+    assert "; better |" in rows["`lorac: known` - `sequential-lora: last`"]
+
+
+def test_the_sixth_task() -> None:
+    given = {
+        "columns": [["title", "Method", None], ["end_s", "End (s)", 2], ["difference", "Difference", None]],
+        "rows": [{"title": "nsp2", "end_s": 1.234, "difference": 1.2e-6}, {"title": "gpm", "end_s": None}],
+        "notes": ["A note."],
+    }
+    study = sample()
+    for one in study["runs"]:
+        one["accuracy_matrix"] = [[0.5] * 6] * 6
+        one["seconds"] |= {"train": [2.0] + [1.0] * 4 + [3.0], "end_task": [0.0] * 5 + [1.0]}
+    said = cost.sixth(data.Book(kept(study, sixth_task=given)))
+    assert "| nsp2 | 1.23 | 1e-06 |" in said
+    assert "| gpm | – | – |" in said
+    assert "* A note." in said
+    assert "| nsp2 | 4.00 | 2.00 | – | – | 25 |" in said, "by its first task; sequential and full were not run"
