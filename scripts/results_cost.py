@@ -129,7 +129,7 @@ def streams(book: Book) -> str:
         "| stream | data | classes | tasks | images a class | epochs a task | methods | seeds | thread-minutes |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for section in book.reported:
+    for section in book.reported + book.asked:
         config = section.groups[0].results[0]["config"]
         classes, images = config.get("classes", "all"), config.get("images_per_class", "all")
         source = " + ".join(Path(part).name for part in config["data"].split("+"))
@@ -139,7 +139,7 @@ def streams(book: Book) -> str:
         cells = [section.title, source, classes, section.groups[0].tasks, images, config["epochs"], len(section.groups)]
         cells += [" or ".join(map(str, counts)), f"{minutes:.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) if book.reported else MISSING
+    return "\n".join(lines) if book.reported + book.asked else MISSING
 
 
 def machine(book: Book) -> str:

@@ -15,6 +15,10 @@ from cl_kernels.cli.report.versus import reading, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+#: Neither good nor bad in itself: said as what it is.
+NEUTRAL = {
+    (key, told): word for key in ("feature_drift", "share") for told, word in (("better", "lower"), ("worse", "higher"))
+}
 #: The main one first; that of the questions last: its rows are variants, which no table of all methods shows.
 MAIN, QUESTIONS = "study", "study_questions"
 REPORTED = (MAIN, *sorted({path.stem for path in ROOT.glob("examples/study_*.toml")} - {QUESTIONS}))
@@ -25,8 +29,6 @@ _PLAIN = (
     "method", "label", "title", "seed", "protocol", "average_accuracy", "forgetting", "accuracy_matrix", "loss",
     "parameters", "skipped_images", "environment",
 )  # fmt: skip
-_STREAM = ("data", "classes", "tasks", "stream", "domains", "epochs", "batch_size", "images_per_class", "augment")
-
 ACCURACY, FORGETTING, KNOWN, DRIFT, SECONDS = (
     next(m for m in MEASURES if m.key == key)
     for key in ("average_accuracy", "forgetting", "task_accuracy", "feature_drift", "seconds")
@@ -114,12 +116,6 @@ def load(folder: Path = RESULTS) -> dict[str, dict[str, Any] | None]:
     }
 
 
-def stream_of(section: Section) -> tuple[str, ...]:
-    """What decides a stream: rows of two studies may be paired where it is the same."""
-    config = section.groups[0].results[0]["config"]
-    return tuple(str(config.get(name)) for name in _STREAM)
-
-
 def group_of(section: Section, label: str) -> Group | None:
     return next((group for group in section.groups if group.label == label), None)
 
@@ -134,24 +130,12 @@ class Book:
     def __post_init__(self) -> None:
         self.reported = [section for name in REPORTED for section in self._sections(name)]
         self.main = self.reported[0] if self.kept.get(MAIN) is not None else None
-        self.asked = [self._beside(section) for section in self._sections(QUESTIONS)]
+        # other learning rates and numbers of images than the study's, even where the stream has the same name
+        self.asked = [Section(f"{section.title} (questions)", section.groups) for section in self._sections(QUESTIONS)]
 
     def _sections(self, name: str) -> list[Section]:
         record = self.kept.get(name)
         return [] if record is None else sections(record["runs"])
-
-    def _beside(self, asked: Section) -> Section:
-        """A stream of the questions with the rows that the study has of the very same stream."""
-        same = [s for s in self.reported if s.title == asked.title and stream_of(s) == stream_of(asked)]
-        labels = {group.label for group in asked.groups}
-        more = [group for section in same for group in section.groups if group.label not in labels]
-        return Section(asked.title, [*more, *asked.groups])
-
-    def everywhere(self) -> list[Section]:
-        """Every stream once: of the questions' where they stand beside the study's rows."""
-        beside = {(section.title, stream_of(section)): section for section in self.asked}
-        first = [beside.pop((section.title, stream_of(section)), section) for section in self.reported]
-        return first + list(beside.values())
 
     def difference(self, section: Section, label: str, against: str, measure: Measure) -> Difference | None:
         """`label` minus `against`, counted among the comparisons where both are there."""
@@ -170,7 +154,7 @@ class Book:
         if found is None:
             return "–"
         told = reading(measure, found)
-        return f"{told['text']}; {told['bootstrap']}; {told['verdict']}"
+        return f"{told['text']}; {told['bootstrap']}; {NEUTRAL.get((measure.key, told['verdict']), told['verdict'])}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -22,8 +22,8 @@ from types import ModuleType
 from results_cost import machine, missing, norms, settings, sixth, streams
 from results_data import ACCURACY, FORGETTING, NOT_YET, RESULTS, ROOT, STUDIES, Book, group_of, keep, load
 from results_figures import drawn, shown
-from results_tables import AGAINST, comparable, distilled, exact, lorac, methods, rules, step
-from results_words import MISSING, best, sentence
+from results_tables import AGAINST, comparable, distilled, exact, lorac, methods, ruled, rules, step
+from results_words import BOTH, MISSING, best, sentence
 
 from cl_kernels.cli.report.summary import Section
 
@@ -110,15 +110,18 @@ def _answers(book: Book) -> list[str]:
     told = [
         f"The direction beyond the smaller step: {sentence(book, 'nsp2', 'matched-lr', book.reported)}",
         f"The same for all weights: {sentence(book, 'null-space', 'null-space matched', book.reported)}",
-        f"The exact folding of LayerNorm: {sentence(book, 'nsp2-exact', 'nsp2', book.reported)}",
+        f"The exact form of NSP2: {sentence(book, 'nsp2-exact', 'nsp2', book.reported)}",
     ]
-    rows = [g for s in book.asked[:1] for g in s.groups if g.label.startswith("null-space: ")]
-    ranked = best(book, Section(book.asked[0].title, rows), FORGETTING).removeprefix("* ") if rows else f"{NOT_YET}."
-    told.append(f"Rank rules: {ranked}")
-    streams = book.everywhere()
-    asked = any(group_of(s, "lorac: instance") and group_of(s, "sequential-lora: last") for s in streams)
+    for stream in book.asked:
+        rows = Section(stream.title, ruled(stream, "null-space"))
+        if rows.groups:
+            found = " ".join(best(book, rows, measure, brief=True) for measure in BOTH)
+            told.append(f"Rank rules of `null-space`, {stream.title}: {found}")
+    if not any(ruled(stream, "null-space") for stream in book.asked):
+        told.append(f"Rank rules: {NOT_YET}.")
+    asked = any(group_of(s, "lorac: instance") for s in book.asked)
     pair = ("lorac: instance", "sequential-lora: last") if asked else ("lorac", "sequential-lora")
-    told.append(f"LoRAC image by image: {sentence(book, *pair, streams)}")
+    told.append(f"LoRAC image by image: {sentence(book, *pair, book.reported + book.asked)}")
     return told
 
 

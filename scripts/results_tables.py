@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from results_data import ACCURACY, DRIFT, END_TASK, ENERGY, FORGETTING, KNOWN, NOT_YET, SHARE, Book, group_of
-from results_words import BOTH, MISSING, READ, Pair, best, divided, pairs, sentence
+from collections.abc import Sequence
 
-from cl_kernels.cli.report.summary import Section
+from results_data import ACCURACY, DRIFT, END_TASK, ENERGY, FORGETTING, KNOWN, NOT_YET, SHARE, Book, group_of
+from results_words import BOTH, MISSING, READ, Pair, best, divided, first_up, pairs, sentence, tally
+
+from cl_kernels.cli.report.summary import Group, Section
 from cl_kernels.cli.report.versus import difference_table, result_table
 
 AGAINST, HEADS = "class-mean", "linear"
@@ -24,12 +26,14 @@ STEP: tuple[Pair, ...] = (
 )
 #: (method, the same with steps as small, without either)
 SPLIT = (("nsp2", "matched-lr", "sequential, rate of nsp2"), ("null-space", "null-space matched", "full"))
-EXACT: tuple[Pair, ...] = (("nsp2-exact", "nsp2", "LayerNorm folded exactly"),)
+EXACT: tuple[Pair, ...] = (("nsp2-exact", "nsp2", "the exact form"),)
 STUDENT: tuple[Pair, ...] = (
     ("kdp (student)", "student alone", "what the teacher adds"),
     ("kdp (student)", "class-mean (student)", "against no training"),
 )
-RULES = ("null-space", "nsp2", "adam-nscl", "gpm")
+WHOLE = "nsp2-exact: all"
+#: Methods that take a rank rule, and the row that protects nothing at the same learning rate.
+RULES = {"null-space": "full: none", "nsp2": "sequential: none", "adam-nscl": "full: none"}
 LORAC = ("lorac", "lorac-ipc")
 INFERENCE = ("last", "batch", "instance", "known")
 SOFT = ", soft edge"
@@ -72,7 +76,7 @@ def split(book: Book, section: Section) -> list[str]:
             if whole is None or step is None or rest is None:
                 continue
             name, scale = measure.short, measure.scale
-            if not whole.told_apart:
+            if book.verdict(section, label, plain, measure) not in ("better", "worse"):
                 apart = f"`{label}` and `{plain}` are not told apart, so there is no gain to divide"
                 told.append(f"* {section.title}, {name}: {apart}.")
                 continue
@@ -100,57 +104,54 @@ def exact(book: Book) -> str:
     """The exact form on every stream, then its parts."""
     table = pairs(book, EXACT, book.reported, (ACCURACY, FORGETTING, KNOWN, DRIFT))
     lines = [READ, "", table, "", f"* {sentence(book, 'nsp2-exact', 'nsp2', book.reported)}"]
-    parts = [
-        (label, base, "a part of it")
-        for section in book.asked
-        for label in variants(section, "nsp2-exact")
-        for base in ("nsp2-exact", "nsp2")
-    ]
-    lines += ["", "Its parts:", "", pairs(book, list(dict.fromkeys(parts)), book.asked, (ACCURACY, FORGETTING, DRIFT))]
+    labels = dict.fromkeys(label for section in book.asked for label in variants(section, "nsp2-exact"))
+    parts = [(label, WHOLE, "without this part") for label in labels if label != WHOLE]
+    wanted = [(WHOLE, "nsp2: knee", "the exact form, the same rule and rate"), *parts]
+    lines += ["", "Its parts:", "", pairs(book, wanted, book.asked, (ACCURACY, FORGETTING, KNOWN, DRIFT))]
+    lines += tallied(book, "Leaving a part out", parts)
     return "\n".join(lines)
 
 
+def ruled(section: Section, base: str) -> list[Group]:
+    """The rows of one method by rank rule."""
+    return [group for group in section.groups if group.label in variants(section, base)]
+
+
 def rules(book: Book) -> str:
-    """Each rank rule with what it costs, then what may be said of the least forgetting, and of the soft edge."""
+    """Each rank rule with what it costs, against no protection; the best of them; the soft edge."""
     lines: list[str] = []
+    soft: list[Pair] = []
     for section in book.asked:
-        for base in RULES:
-            rows = variants(section, base)
+        for base, plain in RULES.items():
+            rows = ruled(section, base)
             if not rows:
                 continue
-            groups = [g for g in section.groups if g.label in (base, *rows)]
-            shown = Section(section.title, groups)
+            labels = [group.label for group in rows]
+            groups = [*(group for group in section.groups if group.label == plain), *rows]
             wanted = [ACCURACY, FORGETTING, DRIFT, SHARE, ENERGY, END_TASK]
             measures = [m for m in wanted if any(g.spread(m) is not None for g in groups)]
-            lines += [f"**{section.title}: `{base}`**{_rule(section, base)}", "", result_table(shown, measures), ""]
-            lines += [best(book, shown, measure) for measure in BOTH]
+            lines += [f"**{section.title}: `{base}`**", "", result_table(Section(section.title, groups), measures), ""]
+            if len(groups) > len(rows):
+                lines += [f"* {divided(book, section, plain, measure, labels)}" for measure in BOTH]
+            lines += [best(book, Section(section.title, rows), measure) for measure in BOTH]
             lines.append("")
-    soft = [
-        (row, row.removesuffix(SOFT), "soft edge against hard")
-        for section in book.asked
-        for base in RULES
-        for row in variants(section, base)
-        if row.endswith(SOFT)
-    ]
+            soft += [(row, row.removesuffix(SOFT), "soft edge against hard") for row in labels if row.endswith(SOFT)]
     table = pairs(book, list(dict.fromkeys(soft)), book.asked, (ACCURACY, FORGETTING, DRIFT, SHARE))
-    return "\n".join([*(lines or [MISSING, ""]), "The soft edge against the hard one:", "", table])
+    told = tallied(book, "The soft edge against the hard one", list(dict.fromkeys(soft)))
+    return "\n".join([*(lines or [MISSING, ""]), "The soft edge against the hard one:", "", table, *told])
 
 
-def _rule(section: Section, base: str) -> str:
-    group = group_of(section, base)
-    if group is None:
-        return ""
-    options = group.results[0]["config"].get("options", {})
-    said = ", ".join(f"{key} {item}" for key, item in options.items()) or "its defaults"
-    return f" (the row `{base}` is the study's, with {said})"
+def tallied(book: Book, what: str, wanted: Sequence[Pair]) -> list[str]:
+    """One line for all pairs of the questions together."""
+    counts = [told for measure in BOTH if (told := tally(book, wanted, book.asked, measure))]
+    return ["", f"* {what}. {first_up('; '.join(counts))}."] if counts else []
 
 
 def lorac(book: Book) -> str:
     """LoRAC by what is known of a test image, against one adapter trained on and on."""
-    streams = book.everywhere()
+    streams = book.reported + book.asked
     wanted: list[Pair] = []
-    again = any(group_of(section, "sequential-lora: last") for section in book.asked)
-    other = "sequential-lora: last" if again else "sequential-lora"
+    other = "sequential-lora: last"
     for base in LORAC:
         wanted.append((base, "sequential-lora", "the study's row, image by image"))
         wanted += [(f"{base}: {how}", other, how) for how in INFERENCE]
@@ -158,12 +159,14 @@ def lorac(book: Book) -> str:
     lines = []
     for section in book.asked:
         names = [f"{b}: {how}" for b in LORAC for how in INFERENCE]
-        groups = [g for g in section.groups if g.label in (*names, "sequential-lora: last", "sequential-lora")]
+        groups = [g for g in section.groups if g.label in (*names, other)]
         if any(g.label in names for g in groups):
             shown = Section(section.title, groups)
             lines += [f"**{section.title}**", "", result_table(shown, shown.measures()), ""]
     table = pairs(book, wanted, streams, (ACCURACY, FORGETTING, KNOWN))
-    told = [f"* {sentence(book, base, 'sequential-lora', streams)}" for base in LORAC]
+    told = [f"* {sentence(book, base, 'sequential-lora', book.reported)}" for base in LORAC]
+    for base in LORAC:
+        told += [f"* {sentence(book, f'{base}: {how}', other, book.asked)}" for how in ("instance", "batch")]
     return "\n".join([*(lines or [MISSING, ""]), READ, "", table, "", *told])
 
 

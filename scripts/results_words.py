@@ -64,23 +64,35 @@ def across(book: Book, label: str, against: str, measure: Measure, streams: Iter
 def sentence(book: Book, label: str, against: str, streams: Sequence[Section]) -> str:
     """`label` against `against` in accuracy and forgetting over all streams, as far as they were run."""
     parts = [told for measure in BOTH if (told := across(book, label, against, measure, streams))]
-    return (
-        f"`{label}` against `{against}`, in points. " + (". ".join(_first(p) for p in parts) or _first(NOT_YET)) + "."
-    )
+    told = ". ".join(first_up(part) for part in parts) or first_up(NOT_YET)
+    return f"`{label}` against `{against}`, in points. {told}."
 
 
-def _first(text: str) -> str:
+def first_up(text: str) -> str:
+    """`text` with a capital."""
     return text[:1].upper() + text[1:]
 
 
-def best(book: Book, section: Section, measure: Measure) -> str:
+def best(book: Book, section: Section, measure: Measure, *, brief: bool = False) -> str:
     """The row with the best mean, and which others its intervals tell from it; that it was picked counts against it."""
     pick = max if measure.better == "higher" else min
     means = {g.label: s.mean for g in section.groups if (s := g.spread(measure)) is not None}
     first = pick(means, key=lambda label: means[label])
-    apart = [
-        label for label in means
-        if label != first and book.verdict(section, first, label, measure) in ("better", "worse")
-    ]  # fmt: skip
-    rest = [label for label in means if label not in (first, *apart)]
+    others = [label for label in means if label != first]
+    apart = [label for label in others if book.verdict(section, first, label, measure) in ("better", "worse")]
+    if brief:
+        return f"`{first}` has the best mean {measure.short}; told apart from {len(apart)} of the {len(others)} others."
+    rest = [label for label in others if label not in apart]
     return f"* Best mean in {measure.short}: `{first}`; told apart from {listed(apart)}; not from {listed(rest)}."
+
+
+def tally(book: Book, wanted: Sequence[Pair], streams: Iterable[Section], measure: Measure) -> str:
+    """Of how many pairs what may be said; empty where none was run."""
+    told = [
+        book.verdict(section, label, against, measure)
+        for section in streams
+        for label, against, _ in wanted
+        if book.difference(section, label, against, measure) is not None
+    ]
+    counts = [f"{verdict} in {told.count(verdict)}" for verdict in ("better", "worse", "not told apart")]
+    return f"{measure.short}: {', '.join(counts)} of {len(told)}" if told else ""

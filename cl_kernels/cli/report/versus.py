@@ -30,12 +30,15 @@ def versus(found: Section, against: str | None) -> dict[str, Any] | None:
 
 
 def verdict(measure: Measure, found: Difference | None) -> str:
-    """What Student's interval carries: better, worse, not told apart, or why there is none."""
+    """What Student's interval carries: better, worse, not told apart, or why there is none.
+
+    A difference that the table rounds to nothing is none: seeds may agree in one test image, or in a rounding error.
+    """
     if found is None:
         return "no common seed"
     if found.student is None:
         return "one seed"
-    if not found.told_apart:
+    if not found.told_apart or round(abs(found.mean) * measure.scale, measure.digits) == 0.0:
         return "not told apart"
     return "better" if (found.mean > 0) == (measure.better == "higher") else "worse"
 
