@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results_data import NOT_YET, REPORTED, ROOT, STUDIES, Book, group_of
+from results_data import MAIN, NOT_YET, REPORTED, ROOT, STUDIES, Book, group_of
 from results_words import MISSING
 
 from cl_kernels.cli.report.summary import Group, Section, Spread
@@ -100,7 +101,8 @@ def settings(book: Book) -> str:
         tuning = book.kept.get(f"{study}_tuning")
         lines += [f"**Settings of `{study}`**", ""]
         if tuning is None:
-            lines += [f"The trials are {NOT_YET}.", ""]
+            same = study != MAIN and _rows(study) == _rows(MAIN)
+            lines += [f"Its rows are those of `{MAIN}`." if same else f"The trials are {NOT_YET}.", ""]
             continue
         counts = sorted({len(entry["trials"]) for entry in tuning["methods"].values()})
         seeds, run = ", ".join(map(str, tuning["seeds"])), tuning["run"]
@@ -121,6 +123,15 @@ def settings(book: Book) -> str:
             lines.append(f"| {label} | {chosen['lr']:g} | {end} | {options} | {spread.text() if spread else '–'} |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _rows(study: str) -> list[dict[str, Any]]:
+    """The rows of a settings file for all its streams."""
+    path = ROOT / "examples" / f"{study}.toml"
+    found: list[dict[str, Any]] = (
+        tomllib.loads(path.read_text(encoding="utf-8")).get("row", []) if path.is_file() else []
+    )
+    return found
 
 
 def streams(book: Book) -> str:
