@@ -62,26 +62,26 @@ def summarised(result: dict[str, Any], drift: float | None = None) -> dict[str, 
 
 
 def merged(passes: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The results of several passes as one: blocks side by side; a variant that failed in any pass has failed."""
-    first, *others = passes
-    known: list[dict[tuple[str, str], dict[str, Any]]] = [
-        {(result["case"], row["variant"]): row for result in results for row in result["rows"]} for results in others
-    ]
+    """The results of several passes as one: blocks side by side; a variant that failed in any pass has failed.
+
+    A case that the first pass did not come to counts with what later ones found.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in (result for results in passes for result in results):
+        found.setdefault((result.get("room", ""), result["case"]), []).append(result)
     whole = []
-    for result in first:
+    for first, *others in found.values():
+        known = [{row["variant"]: row for row in other["rows"]} for other in others]
         rows = []
-        for row in result["rows"]:
-            same = [rows_of.get((result["case"], row["variant"])) for rows_of in known]
-            there = [one for one in same if one is not None]
+        for row in first["rows"]:
+            there = [rows_of[row["variant"]] for rows_of in known if row["variant"] in rows_of]
             failed = next((one for one in (row, *there) if "failed" in one), None)
             blocks = [block for one in (row, *there) for block in one.get("blocks", [])]
             rows.append(
                 {"variant": row["variant"], "failed": failed["failed"]} if failed else {**row, "blocks": blocks}
             )
-        seconds = result["seconds"] + sum(
-            one["seconds"] for results in others for one in results if one["case"] == result["case"]
-        )
-        whole.append({**result, "seconds": round(seconds, 2), "rows": rows})
+        seconds = first["seconds"] + sum(other["seconds"] for other in others)
+        whole.append({**first, "seconds": round(seconds, 2), "rows": rows})
     return pooled(whole)
 
 

@@ -142,12 +142,15 @@ def run(given: Options) -> dict[str, Any]:
             names = [plan.name for plan in wanted[room]]
             found = _process(room, names, given, share, limit, first=index == 0)
             costs[room] = time.monotonic() - start
-            report["rates"].setdefault(room, found["rates"].get(room))
+            report["rates"][room] = report["rates"].get(room) or found["rates"].get(room)
             lost = found["not_run"].items()
             report["not_run"] |= {name: why for name, why in lost if index == 0 or why.startswith("failed")}
             passes[index] += found["results"]
             made = [one for one in passes if one]
             report["results"] = spread.merged(made) if made else []
+            for name in comparison.cases(report):  # one that only a later pass came to has its time
+                if not report["not_run"].get(name, "failed").startswith("failed"):
+                    del report["not_run"][name]
             save(report)
     for result in report["results"]:
         _say(records.shown(result))

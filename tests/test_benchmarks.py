@@ -186,6 +186,10 @@ def test_passes_are_put_together() -> None:
     assert whole["rows"][1] == {"variant": "other", "failed": "other is wrong"}
     assert whole["seconds"] == 2.0
     assert once["rows"][0]["spread"] == pytest.approx(2 / 3), "what the run's other passes lie apart"
+    late = spread.merged([[result(row([1.0]))], [result(row([1.0])), result(row([2.0]), case="later")]])
+    assert [(one["case"], len(one["rows"][0]["blocks"])) for one in late] == [("c", 2), ("later", 1)]
+    alike = spread.merged([[result(row([1.0]))], [result(row([2.0])) | {"room": "another"}]])
+    assert [one["rows"][0]["blocks"] for one in alike] == [[[1.0]], [[2.0]]], "of another room"
 
 
 def test_repetitions_agree_as_often_as_the_spread_claims() -> None:

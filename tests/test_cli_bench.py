@@ -231,6 +231,35 @@ def test_two_processes_make_one_report(monkeypatch: pytest.MonkeyPatch, command:
     assert "### covariance" in (out / "table.md").read_text()
 
 
+def test_a_case_that_only_the_second_pass_came_to_has_its_time(
+    monkeypatch: pytest.MonkeyPatch, command: Run, tmp_path: Path
+) -> None:
+    calls: list[list[str]] = []
+
+    def process(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(words)
+        path = Path(words[words.index("--json") + 1])
+        found = report(ours=1.0, torch=3.0)
+        found["results"][0] |= {"room": "import", "case": "import cl_kernels"}
+        late = {"results": [], "rates": {}, "not_run": {"import: import cl_kernels": "not run: the time was up"}}
+        records.write(path, found if len(calls) > 1 else found | late)
+        return subprocess.CompletedProcess(words, 0)
+
+    old = tmp_path / "old.json"
+    earlier = report(ours=1.0, torch=3.0)
+    earlier["results"][0] |= {"room": "import", "case": "import cl_kernels"}
+    records.write(old, earlier)
+    monkeypatch.setattr(suite.subprocess, "run", process)
+    monkeypatch.setattr(suite.comparison, "differences", lambda *_: [])
+    monkeypatch.setattr(records, "_output", lambda *_: "")
+    words = ("import", "--device", "cpu", "--passes", "2", "--budget", "60s", "--compare", str(old))
+    code, text, _ = command("bench", *words, "--fail-above", "5%", "--json", str(tmp_path / "new.json"))
+    assert (code, "gave no time" in text, len(calls)) == (0, False, 2)
+    new = records.read(tmp_path / "new.json")
+    assert [one["case"] for one in new["results"]] == ["import cl_kernels"]
+    assert not new["not_run"]
+
+
 def test_pytest_benchmark_collects_the_same_cases(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark", reason="the plug-in is in the test extra")
     kept = tmp_path / "b.json"
