@@ -108,8 +108,8 @@ def section(book: Book) -> str:
 def _answers(book: Book) -> list[str]:
     """Questions 2 to 5, of the streams that were run."""
     told = [
-        f"The direction beyond the smaller step: {sentence(book, 'nsp2', 'matched-lr', book.reported)}",
-        f"The same for all weights: {sentence(book, 'null-space', 'null-space matched', book.reported)}",
+        f"Direction and drift term beyond the smaller step: {sentence(book, 'nsp2', 'matched-lr', book.reported)}",
+        f"The direction, for all weights: {sentence(book, 'null-space', 'null-space matched', book.reported)}",
         f"The exact form of NSP2: {sentence(book, 'nsp2-exact', 'nsp2', book.reported)}",
     ]
     for stream in book.asked:

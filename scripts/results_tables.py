@@ -13,19 +13,22 @@ from cl_kernels.cli.report.versus import difference_table, result_table
 AGAINST, HEADS = "class-mean", "linear"
 #: (method, what it is compared with, what the difference shows)
 STEP: tuple[Pair, ...] = (
-    ("nsp2", "sequential", "NSP2 against its prompts, each at its best rate"),
+    ("nsp2", "sequential", "NSP2 against its prompts, each at the rate its trials chose"),
     ("nsp2", "sequential, rate of nsp2", "all that NSP2 adds"),
     ("matched-lr", "sequential, rate of nsp2", "the smaller step alone"),
-    ("nsp2", "matched-lr", "the direction alone"),
+    ("nsp2", "matched-lr", "the direction, and NSP2's drift term"),
     ("nsp2", "sequential, small step", "against the best constant smaller step"),
-    ("null-space", "full", "the projection against none, each at its best rate"),
+    ("null-space", "full", "the projection against none, each at the rate its trials chose"),
     ("null-space matched", "full", "the smaller step, and its rate"),
-    ("null-space", "null-space matched", "the direction alone"),
+    ("null-space", "null-space matched", "the direction"),
     ("null-space", "full, small step", "against the best constant smaller step"),
-    ("gpm", "sgd, nothing protected", "what GPM's projection adds"),
+    ("gpm", "sgd, nothing protected", "GPM against its optimizer alone, each at the rate its trials chose"),
 )
-#: (method, the same with steps as small, without either)
-SPLIT = (("nsp2", "matched-lr", "sequential, rate of nsp2"), ("null-space", "null-space matched", "full"))
+#: (method, the same with steps as small, without either, what the method has beside steps as small)
+SPLIT = (
+    ("nsp2", "matched-lr", "sequential, rate of nsp2", "the direction and the drift term"),
+    ("null-space", "null-space matched", "full", "the direction"),
+)
 EXACT: tuple[Pair, ...] = (("nsp2-exact", "nsp2", "the exact form"),)
 STUDENT: tuple[Pair, ...] = (
     ("kdp (student)", "student alone", "what the teacher adds"),
@@ -67,13 +70,18 @@ def comparable(section: Section) -> Section:
 def split(book: Book, section: Section) -> list[str]:
     """How the gain of a projection divides into its smaller step and its direction, where there is a gain to divide."""
     told = []
-    for label, matched, plain in SPLIT:
+    for label, matched, plain, beside in SPLIT:
+        rates = [_rate(section, name) for name in (label, plain)]
+        if None not in rates and rates[0] != rates[1]:
+            apart = f"`{label}` learns at {rates[0]:g} and `{plain}` at {rates[1]:g}"
+            told.append(f"* {section.title}: {apart}, so their difference does not divide into step and direction.")
+            continue
         for measure in BOTH:
-            whole, step, rest = (
+            whole, part, rest = (
                 book.difference(section, one, other, measure)
                 for one, other in ((label, plain), (matched, plain), (label, matched))
             )
-            if whole is None or step is None or rest is None:
+            if whole is None or part is None or rest is None:
                 continue
             name, scale = measure.short, measure.scale
             if book.verdict(section, label, plain, measure) not in ("better", "worse"):
@@ -83,10 +91,16 @@ def split(book: Book, section: Section) -> list[str]:
             verdict = book.verdict(section, label, matched, measure)
             told.append(
                 f"* {section.title}, {name}: of `{label}`'s {scale * whole.mean:+.1f} points against `{plain}`, "
-                f"{scale * step.mean:+.1f} come with the smaller step and {scale * rest.mean:+.1f} with the "
-                f"direction ({verdict})."
+                f"{scale * part.mean:+.1f} come with the smaller step and {scale * rest.mean:+.1f} with {beside} "
+                f"({verdict})."
             )
     return told
+
+
+def _rate(section: Section, label: str) -> float | None:
+    """The learning rate of a row; None where there is none."""
+    group = group_of(section, label)
+    return None if group is None else group.results[0]["config"].get("lr")
 
 
 def variants(section: Section, base: str) -> list[str]:

@@ -70,6 +70,20 @@ def test_the_two_parts_of_a_gain_are_the_gain() -> None:
     assert all("no gain to divide" in line for line in tables.split(book, book.reported[0]))
 
 
+def test_what_differs_in_its_learning_rate_too_is_not_divided() -> None:
+    study = record(("full", BASE, LOST), ("null-space matched", BASE, LOST), ("null-space", shifted(UP), LOST))
+    for one in study["runs"]:
+        one["config"]["lr"] = 1e-4
+    book = data.Book(kept(study))
+    assert "come with the smaller step and +5.1 with the direction (better)" in tables.split(book, book.reported[0])[0]
+    for one in study["runs"]:
+        one["config"]["lr"] = 1e-5 if one["label"] == "full" else 1e-4
+    book = data.Book(kept(study))
+    (told,) = tables.split(book, book.reported[0])
+    assert told.endswith("`null-space` learns at 0.0001 and `full` at 1e-05, so their difference does not divide into "
+                         "step and direction.")  # fmt: skip
+
+
 def test_every_comparison_counts_once() -> None:
     book = data.Book(kept(sample()))
     first = page.blocks(book)
