@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from results_data import ACCURACY, DRIFT, END_TASK, ENERGY, FORGETTING, KNOWN, NOT_YET, SHARE, Book, group_of
+from results_data import ACCURACY, DRIFT, END_TASK, ENERGY, FORGETTING, KNOWN, NOT_YET, SHARE, Book, group_of, listed
 from results_words import BOTH, MISSING, READ, Pair, best, divided, first_up, pairs, sentence, tally
 
 from cl_kernels.cli.report.summary import Group, Section
@@ -44,7 +45,7 @@ SOFT = ", soft edge"
 
 def methods(book: Book, section: Section) -> str:
     """One stream: all methods, and what beats class means."""
-    lines = [result_table(section, section.measures()), ""]
+    lines = [result_table(section, section.measures()), "", *twins(section)]
     same = comparable(section)
     table = difference_table(same, AGAINST)
     if not table:
@@ -56,6 +57,17 @@ def methods(book: Book, section: Section) -> str:
     told = [f"* {divided(book, same, AGAINST, measure)}" for measure in BOTH]
     told += [f"* {divided(book, same, HEADS, ACCURACY)}"] if group_of(same, HEADS) else []
     return "\n".join([*lines, f"Minus `{AGAINST}`, seed by seed. {READ}", "", table, "", *told])
+
+
+def twins(section: Section) -> list[str]:
+    """Rows that did the same in every run: a setting that does nothing here is no other method."""
+    found: dict[str, list[str]] = {}
+    for group in section.groups:
+        runs = sorted((result["seed"], result["accuracy_matrix"], result["loss"]) for result in group.results)
+        found.setdefault(json.dumps(runs), []).append(group.label)
+    same = [labels for labels in found.values() if len(labels) > 1]
+    told = [f"{listed(labels)} are one method here: their losses and accuracies are the same." for labels in same]
+    return [*(f"* {one}" for one in told), ""] if told else []
 
 
 def comparable(section: Section) -> Section:

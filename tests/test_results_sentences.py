@@ -84,6 +84,17 @@ def test_what_differs_in_its_learning_rate_too_is_not_divided() -> None:
                          "step and direction.")  # fmt: skip
 
 
+def test_rows_that_did_the_same_are_told() -> None:
+    """As LoRAC-IPC where its share of few positions rounds to none."""
+    study = record(("lorac", BASE, LOST), ("lorac-ipc", BASE, LOST), ("nsp2", shifted(UP), LOST))
+    (stream,) = data.Book(kept(study)).reported
+    told = tables.twins(stream)
+    assert told == ["* `lorac`, `lorac-ipc` are one method here: their losses and accuracies are the same.", ""]
+    study["runs"][0]["loss"] = [[0.5]]
+    (stream,) = data.Book(kept(study)).reported
+    assert tables.twins(stream) == [], "as accurate by another way"
+
+
 def test_every_comparison_counts_once() -> None:
     book = data.Book(kept(sample()))
     first = page.blocks(book)
