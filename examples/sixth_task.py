@@ -188,7 +188,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     }
     shape_note = (
         f"Rows of {shapes.name}: random weights and gradients; each projector protects the share of its layer's "
-        "directions that the stream's did on the small model; forward and backward of the model are not measured."
+        "directions that the stream's did on the small model; forward and backward of the model are not measured. Few "
+        "images flatter ours in lorac's row: what the official way forms once a step weighs less in a training batch."
     )
     return {
         "rows": everything, "columns": COLUMNS, "notes": [*notes(everything), shape_note],
