@@ -110,6 +110,7 @@ def _answers(book: Book) -> list[str]:
     told = [
         f"Direction and drift term beyond the smaller step: {sentence(book, 'nsp2', 'matched-lr', book.reported)}",
         f"The direction, for all weights: {sentence(book, 'null-space', 'null-space matched', book.reported)}",
+        f"The same, each at the rate its trials chose: {sentence(book, 'null-space', 'full', book.reported)}",
         f"The exact form of NSP2: {sentence(book, 'nsp2-exact', 'nsp2', book.reported)}",
     ]
     for stream in book.asked:

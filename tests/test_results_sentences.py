@@ -84,6 +84,13 @@ def test_what_differs_in_its_learning_rate_too_is_not_divided() -> None:
                          "step and direction.")  # fmt: skip
 
 
+def test_the_readme_names_plain_training_at_its_own_rate() -> None:
+    """At the projected method's rate plain training may fall apart, and a control at that rate with it."""
+    rows = (("full", BASE, LOST), ("null-space matched", shifted(DOWN), LOST), ("null-space", shifted(NOISE), LOST))
+    said = page.section(data.Book(kept(record(*rows))))
+    assert "`null-space` against `full`, in points. Accuracy: not told apart on a stream" in said
+
+
 def test_rows_that_did_the_same_are_told() -> None:
     """As LoRAC-IPC where its share of few positions rounds to none."""
     study = record(("lorac", BASE, LOST), ("lorac-ipc", BASE, LOST), ("nsp2", shifted(UP), LOST))
