@@ -43,7 +43,7 @@ class Shapes:
     tasks: int = 6
 
 
-VIT_B: Final = Shapes("ViT-B/16", 768, 12, 197, 4)
+VIT_B: Final = Shapes("ViT-B/16", 768, 12, 197, 32)
 
 
 def shares(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
